@@ -1,0 +1,1 @@
+"""The device processes: one per device, jailed, sharing guest memory."""

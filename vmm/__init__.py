@@ -1,0 +1,1 @@
+"""The VM process and the command line that talks to it."""
