@@ -43,7 +43,8 @@ class Bus:
         end = base + length
         for other in self._claims.values():
             if base < other.end and other.base < end:
-                raise ValueError(f"{self.name} {base:#x}-{end - 1:#x} for {name}: {other.name} has it")
+                what = f"{self.name} {base:#x}-{end - 1:#x} for {name}"
+                raise ValueError(f"{what}: {other.name} has it")
         # The look-up reads _claims after _bases, so the claim must be there first.
         self._claims[base] = Claim(base, end, width, name, handler)
         bases = self._bases.copy()

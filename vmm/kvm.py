@@ -90,7 +90,8 @@ class System:
 
     def capability(self, cap: Cap) -> int:
         """Return KVM's answer for one capability; 0 means it is not there."""
-        return max(_ioctl(self.fd, abi.CHECK_EXTENSION, cap), 0)
+        answer: int = _ioctl(self.fd, abi.CHECK_EXTENSION, cap)
+        return max(answer, 0)
 
     @property
     def max_vcpus(self) -> int:

@@ -10,7 +10,7 @@ import signal
 import threading
 from enum import Enum
 from struct import Struct
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from config.errors import KvmError
 from vmm.kvmabi import Exit, InternalError
@@ -76,22 +76,15 @@ class Gate:
             return self._changed.wait_for(lambda: self._parked == count, PARK_DEADLINE)
 
 
-class Exits:
+class Exits(NamedTuple):
     """What a vCPU thread needs of the machine to serve exits."""
 
-    def __init__(
-        self,
-        pio: Bus,
-        mmio: Bus,
-        drain: Callable[[], object],
-        reset: Callable[[str], None],
-        power_off: Callable[[str], None],
-        failed: Callable[[KvmError], None],
-    ) -> None:
-        self.pio, self.mmio = pio, mmio
-        self.drain = drain  # takes coalesced writes, before every exit
-        self.reset, self.power_off = reset, power_off
-        self.failed = failed  # this VM cannot go on
+    pio: Bus
+    mmio: Bus
+    drain: Callable[[], object]  # takes coalesced writes, before every exit
+    reset: Callable[[str], None]
+    power_off: Callable[[str], None]
+    failed: Callable[[KvmError], None]  # this VM cannot go on
 
 
 class VcpuThread:
@@ -127,12 +120,12 @@ class VcpuThread:
             self._run()
         except KvmError as err:
             self._exits.failed(err)
-        except Exception as err:  # noqa: BLE001  a bug of ours must end the VM, not one thread of it
+        except Exception as err:  # a bug of ours must end the VM, not one thread of it
             self._exits.failed(KvmError(f"vCPU {self.vcpu.index}: {type(err).__name__}: {err}"))
 
     def _run(self) -> None:
         run, drain, gate, counts = self.vcpu.run, self._exits.drain, self._gate, self.counts
-        serve = {Exit.IO: self._io, Exit.MMIO: self._mmio}.get
+        serve: dict[int, Callable[[int], None]] = {Exit.IO: self._io, Exit.MMIO: self._mmio}
         while True:
             if gate.mode is not Gate.Mode.RUN:
                 if not gate.wait():
@@ -142,7 +135,7 @@ class VcpuThread:
             reason = run()
             counts[reason] = counts.get(reason, 0) + 1
             drain()
-            (serve(reason) or self._rare)(reason)
+            serve.get(reason, self._rare)(reason)
 
     def _io(self, _reason: int) -> None:
         page = self.vcpu.page
@@ -176,7 +169,7 @@ class VcpuThread:
             else:
                 self._exits.power_off("KVM system event" if kind == 1 else "guest crash")
         elif reason == Exit.INTERNAL_ERROR:
-            raise KvmError(self._internal_error(), hint="pyvmctl doctor tells what this KVM can run")
+            raise KvmError(self._internal_error(), hint="see pyvmctl doctor")
         elif reason == Exit.FAIL_ENTRY:
             (hardware,) = _HARDWARE_REASON.unpack_from(page, _UNION)
             raise KvmError(f"the CPU refused to enter the guest: hardware reason {hardware:#x}")
@@ -195,5 +188,5 @@ class VcpuThread:
             return f"KVM internal error {suberror} ({known}) in {where}"
         what = "an instruction"
         if count >= 3 and flags & _INSTRUCTION_GIVEN:
-            what = f"the instruction {code[:length].hex(' ')}"
+            what = f"the instruction that begins {code[:length].hex(' ')}"
         return f"KVM cannot emulate {what} in {where}: this host's KVM cannot run this guest"
