@@ -1,0 +1,1 @@
+"""Tests of pyvmd, one folder per tier."""

@@ -98,7 +98,13 @@ drained:
     mov al, 0x20
     out 0x20, al
     popa
-    iret
+    # IRET by hand: a KVM that emulates ring 0 may lack it. Flags first, without interrupts;
+    # STI takes effect only after the jump.
+    and dword ptr [esp + 8], ~0x200
+    push dword ptr [esp + 8]
+    popfd
+    sti
+    lret 4
 
 # typed: one character from the console is in al.
 typed:

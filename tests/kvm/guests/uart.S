@@ -54,7 +54,7 @@ done:
     mov al, 0x20
     out 0x20, al
     popa
-    iret
+    RETURN
 seen_thre: .byte 0
 greeting: .ascii "ready\n"
 greeting_end:

@@ -1,0 +1,129 @@
+"""Runs a bare-metal guest on the machine in this process, and notes what it does.
+
+The guests are tests/kvm/guests/*.S. No pyvmctl, no sockets: the loop runs here, in the test.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+from config.model import BootConfig, DebugConfig, VmConfig
+from vmm.boot import open_images
+from vmm.loop import Loop
+from vmm.machine import Machine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from config.errors import KvmError
+
+GUESTS = os.path.join(os.path.dirname(__file__), "guests")
+DEADLINE = 20.0  # seconds; guests take milliseconds
+
+
+class Lab:
+    """A machine with one guest. It is the machine's Owner: every wish is noted, resets obeyed."""
+
+    def __init__(self, guest: str, *, vcpus: int = 1, memory: int = 16 << 20) -> None:
+        self.loop = Loop()
+        self.lines: list[str] = []  # debug console
+        self.serial = bytearray()
+        self.resets: list[str] = []
+        self.status: int | None = None
+        self.powered_off = ""
+        self.error: KvmError | None = None
+        self._overdue = False
+        boot = BootConfig(kernel=os.path.join(GUESTS, f"{guest}.bin"))
+        config = VmConfig("lab", boot, vcpus, memory, DebugConfig(console=True, exit=True))
+        self._images = open_images(boot)
+        self.machine = Machine(config, self._images, self.loop, self)
+
+    def run(self, until: Callable[[], bool] = lambda: False) -> None:
+        """Power on and serve until the guest ends, or `until` says so after some event."""
+        self.machine.power_on()
+        self.machine.resume()
+        self.serve(until)
+
+    def serve(self, until: Callable[[], bool] = lambda: False) -> None:
+        """Serve until the guest has ended or `until` holds. Fails after DEADLINE."""
+        self._until = until
+        deadline = self.loop.timer(self._late)
+        deadline.arm(DEADLINE)
+        self._look()
+        self.loop.run()
+        deadline.close()
+        assert not self._overdue, f"guest hangs: {self.lines} {bytes(self.serial)!r}"
+
+    @property
+    def ended(self) -> bool:
+        """Whether the guest has ended in any way."""
+        return bool(self.status is not None or self.powered_off or self.error)
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.machine.close()
+        self._images.close()
+        self.loop.close()
+
+    def _look(self) -> None:
+        if self.ended or self._until():
+            # From a call, so that a loop that is about to start stops as well.
+            self.loop.call(self.loop.stop)
+
+    def _late(self) -> None:
+        self._overdue = True
+        self.loop.stop()
+
+    # The machine's Owner.
+
+    def reset(self, reason: str) -> None:
+        self.machine.poke()
+        self.loop.call(partial(self._reset, reason))
+
+    def _reset(self, reason: str) -> None:
+        self.resets.append(reason)
+        self.machine.power_off()
+        self.machine.power_on()
+        self.machine.resume()
+        self._look()
+
+    def power_off(self, reason: str) -> None:
+        self.powered_off = reason
+        self.loop.call(self._look)
+
+    def debug_exit(self, status: int) -> None:
+        self.status = status
+        self.loop.call(self._look)
+
+    def failed(self, error: KvmError) -> None:
+        self.error = error
+        self.loop.call(self._look)
+
+    def transmit(self, data: bytes) -> None:
+        self.serial += data
+        self.loop.call(self._look)
+
+    def debug_line(self, line: str) -> None:
+        self.lines.append(line)
+
+
+@contextmanager
+def lab(guest: str, *, vcpus: int = 1, memory: int = 16 << 20) -> Iterator[Lab]:
+    """A Lab that is closed at the end."""
+    bench = Lab(guest, vcpus=vcpus, memory=memory)
+    try:
+        yield bench
+    finally:
+        bench.close()
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    """Spin until another thread has made `condition` true. Fails after DEADLINE."""
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not happen"
+        time.sleep(0.001)
