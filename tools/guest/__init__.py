@@ -1,0 +1,1 @@
+"""Guests for tests and for tools/quickstart: making their images, talking to their consoles."""
