@@ -5,6 +5,7 @@ Knows nothing of sockets, files or users; vm.py does. All methods are for the lo
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Protocol
 
 from config.errors import ConfigError, HostError
@@ -78,6 +79,7 @@ class Machine:
             owner.power_off,
             owner.failed,
         )
+        self.first_run = 0.0  # CLOCK_MONOTONIC
         self._gate = Gate()
         self._vcpus: list[VcpuThread] = []
         self._counts: dict[str, int] = {}
@@ -108,6 +110,7 @@ class Machine:
 
     def resume(self) -> None:
         """Let the vCPUs run."""
+        self.first_run = self.first_run or time.monotonic()
         for thread in self._vcpus:
             thread.vcpu.clock_was_stopped()
         self._gate.set(Gate.Mode.RUN)

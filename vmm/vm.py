@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from config.errors import EXIT_DONE, EXIT_FAILED, HostError, PyvmError
+from config.units import format_size
 from vmm import boot, control, log
 from vmm.console import Console
 from vmm.control import Control
@@ -90,7 +91,8 @@ class VirtualMachine:
         self._machine.resume()
         self._rundir.running(plain(self.config))
         self._state = "running"
-        log.info(f"runs with {self.config.vcpus} vCPUs and {self.config.memory >> 20} MiB")
+        cpus = f"{self.config.vcpus} vCPU{'s' if self.config.vcpus > 1 else ''}"
+        log.info(f"runs with {cpus} and {format_size(self.config.memory)} of memory")
 
     def serve(self) -> Ending:
         """Serve guest and clients until the VM ends."""
@@ -123,6 +125,7 @@ class VirtualMachine:
             "vcpus": self.config.vcpus,
             "memory": self.config.memory,
             "memory_resident": self._machine.ram.resident(),
+            "first_run": self._machine.first_run,
             "uptime": round(time.monotonic() - self._started, 3),
             "cpu_seconds": round(time.process_time(), 3),
             "resets": self._resets,

@@ -19,7 +19,7 @@ _start:
     mov esp, offset stack_top
     mov esi, [ebx + 4]              # mem_lower and mem_upper in KiB (flag 0 of the info)
     add esi, [ebx + 8]
-    add esi, 1024 - 640             # the hole between them counts as configured memory
+    add esi, 1024 - 640 + 512       # the hole between them counts; round to the nearest
     shr esi, 10
     mov [megabytes], esi
     lgdt gdt_pointer
