@@ -1,0 +1,199 @@
+"""The control socket of a VM: QMP commands in, replies and events out (design §9).
+
+Commands are rows of `COMMANDS`. How one client is kept from disturbing the others and the VM is
+in `qmpsession`; what the bytes mean is in `qmp`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+
+from config.errors import PyvmError
+from vmm import log, qmp
+from vmm.qmpsession import Session
+from vmm.sockets import Listener, flush_and_close
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Mapping
+
+    from vmm.loop import Loop
+    from vmm.qmpsession import Later
+    from vmm.sockets import Peer
+
+CLIENTS: Final = 16
+
+# Values of "reason" in RESET and SHUTDOWN events (ShutdownCause in QEMU's schema).
+CAUSE_QUIT: Final = "host-qmp-quit"
+CAUSE_HOST_RESET: Final = "host-qmp-system-reset"
+CAUSE_SIGNAL: Final = "host-signal"
+CAUSE_HOST_ERROR: Final = "host-error"
+CAUSE_GUEST_SHUTDOWN: Final = "guest-shutdown"
+CAUSE_GUEST_RESET: Final = "guest-reset"
+CAUSE_GUEST_PANIC: Final = "guest-panic"
+
+
+class VmOperations(Protocol):
+    """What a control client can do to a VM. Called on the loop's thread; must not block it.
+
+    Each may raise PyvmError, whose text goes to the client, and the ones that change something
+    may return a Later. The VM sends the events itself, by Control.emit().
+    """
+
+    @property
+    def name(self) -> str:
+        """The VM's name."""
+
+    def status(self) -> str:
+        """Return the run state in QEMU's words: prelaunch, running, paused, shutdown, ..."""
+
+    def info(self) -> Mapping[str, Any]:
+        """Return the facts of `status --json`: values that JSON can hold."""
+
+    def pause(self) -> Later | None:
+        """Park every vCPU. No error if it is paused."""
+
+    def resume(self) -> Later | None:
+        """Let the vCPUs go on. No error if it is running."""
+
+    def reset(self, cause: str) -> Later | None:
+        """Reset the machine in place, without asking the guest."""
+
+    def power_button(self) -> Later | None:
+        """Press the ACPI power button."""
+
+    def ctrl_alt_del(self) -> Later | None:
+        """Type Ctrl-Alt-Del on the guest's keyboard."""
+
+    def send_break(self) -> Later | None:
+        """Send a BREAK on the serial line."""
+
+    def quit(self, cause: str) -> Later | None:
+        """End the VM without asking the guest; the end itself comes after this returns."""
+
+
+class Command(NamedTuple):
+    """One row: what to call, and its arguments' names, each with its type and whether needed."""
+
+    run: Callable[[VmOperations, dict[str, Any]], Any]
+    arguments: Mapping[str, tuple[type, bool]] = {}
+
+
+def _negotiated(_vm: VmOperations, _arguments: dict[str, Any]) -> None:
+    what = "capabilities negotiation is already complete, command ignored"
+    raise qmp.QmpError(what, error_class="CommandNotFound")
+
+
+def _query_status(vm: VmOperations, _arguments: dict[str, Any]) -> dict[str, Any]:
+    status = vm.status()
+    return {"status": status, "running": status == "running"}
+
+
+COMMANDS: Final[dict[str, Command]] = {
+    "qmp_capabilities": Command(_negotiated, {"enable": (list, False)}),
+    "query-version": Command(lambda vm, _: qmp.version()),
+    "query-commands": Command(lambda vm, _: [{"name": name} for name in COMMANDS]),
+    "query-name": Command(lambda vm, _: {"name": vm.name}),
+    "query-status": Command(_query_status),
+    "stop": Command(lambda vm, _: vm.pause()),
+    "cont": Command(lambda vm, _: vm.resume()),
+    "system_reset": Command(lambda vm, _: vm.reset(CAUSE_HOST_RESET)),
+    "system_powerdown": Command(lambda vm, _: vm.power_button()),
+    "quit": Command(lambda vm, _: vm.quit(CAUSE_QUIT)),
+    "x-pyvmd-info": Command(lambda vm, _: dict(vm.info())),
+    "x-pyvmd-send-break": Command(lambda vm, _: vm.send_break()),
+    "x-pyvmd-ctrl-alt-del": Command(lambda vm, _: vm.ctrl_alt_del()),
+}
+
+_TYPE_WORDS: Final = {str: "a string", int: "an integer", bool: "a boolean", list: "an array"}
+
+
+def _check(arguments: dict[str, Any], allowed: Mapping[str, tuple[type, bool]]) -> None:
+    """Compare arguments with a command's row before anything is done. Raises QmpError."""
+    for key, value in arguments.items():
+        if key not in allowed:
+            raise qmp.QmpError(f"parameter '{qmp.clip(key)}' is unexpected")
+        wanted = allowed[key][0]
+        if type(value) is not wanted:  # not isinstance: True is no integer here
+            raise qmp.QmpError(f"parameter '{key}' must be {_TYPE_WORDS[wanted]}")
+    for key, (_, needed) in allowed.items():
+        if needed and key not in arguments:
+            raise qmp.QmpError(f"parameter '{key}' is missing")
+
+
+class Control:
+    """The control socket: lets clients in, executes their commands, tells them what happens."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        listen_socket: socket.socket,
+        vm: VmOperations,
+        permitted: Callable[[Peer], bool],
+    ) -> None:
+        self._loop, self._vm = loop, vm
+        self._clients: dict[Session, None] = {}  # in order of arrival
+        self._listener = Listener(
+            loop,
+            listen_socket,
+            permitted=permitted,
+            welcome=self._welcome,
+            refusal=lambda why: qmp.error(qmp.QmpError(why), {}),
+            who="control",
+        )
+
+    @property
+    def clients(self) -> int:
+        """How many clients are connected."""
+        return len(self._clients)
+
+    def emit(self, name: str, data: Mapping[str, Any] | None = None) -> None:
+        """Send an event to every client past negotiation. For the loop's thread."""
+        message = qmp.event(name, dict(data or {}))
+        for client in list(self._clients):
+            if client.negotiated:
+                client.send(message)
+
+    def execute(self, client: Session, request: qmp.Request) -> Any:
+        """Run one command; return its result or a Later. Raises PyvmError for the error reply."""
+        command = COMMANDS.get(request.name)
+        if not client.negotiated:
+            if request.name != "qmp_capabilities":
+                what = "expecting capabilities negotiation with 'qmp_capabilities'"
+                raise qmp.QmpError(what, error_class="CommandNotFound")
+            _check(request.arguments, COMMANDS["qmp_capabilities"].arguments)
+            if request.arguments.get("enable"):
+                raise qmp.QmpError("this server offers no capabilities; enable none")
+            client.negotiated = True
+            return None
+        if command is None:
+            what = f"the command '{qmp.clip(request.name)}' has not been found"
+            raise qmp.QmpError(what, error_class="CommandNotFound")
+        _check(request.arguments, command.arguments)
+        try:
+            return command.run(self._vm, request.arguments)
+        except PyvmError:
+            raise
+        except Exception as err:
+            # Our fault, and no reason to take the guest down with a client's question.
+            log.error(f"{request.name} failed: {err!r}", "control")
+            raise qmp.QmpError(f"internal error: {err!r}") from err
+
+    def close(self) -> None:
+        """Let nobody in any more, give clients a moment to read the last words, drop them."""
+        self._listener.close()
+        flush_and_close(list(self._clients))
+
+    def _forget(self, client: Session) -> None:
+        self._clients.pop(client, None)
+
+    def _welcome(self, sock: socket.socket) -> None:
+        if len(self._clients) >= CLIENTS:
+            # Whoever connects and says nothing must not keep others out.
+            silent = next((other for other in self._clients if not other.negotiated), None)
+            if silent is None:
+                self._listener.refuse(sock, f"too many clients ({CLIENTS})")
+                return
+            silent.close()
+        session = Session(self._loop, sock, self.execute, self._forget)
+        self._clients[session] = None
