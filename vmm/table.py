@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
-from typing import TYPE_CHECKING, Final, NamedTuple
+import sys
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from config.errors import PyvmError
+from vmm.log import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -76,6 +81,7 @@ def table(
     titles = [column.title for column in columns]
     lines = [_row(columns, titles, [paint(title, "bold") for title in titles])]
     for row in rows:
+        # Names may come from files of other users: none may move the reader's cursor.
         cells = [printable(cell) for cell in row]
         painted = [
             paint(cell, styles.get(title, {}).get(cell, ""))
@@ -91,15 +97,6 @@ def _row(columns: Sequence[Column], cells: Sequence[str], painted: Sequence[str]
         " " * max(column.width - len(cell), 0) + text
         for column, cell, text in zip(columns, cells, painted, strict=True)
     )
-
-
-def printable(text: str) -> str:
-    """Return `text` fit for a terminal: control characters become `?`.
-
-    Names and messages may come from a file or a process we do not trust, and must not move
-    the reader's cursor or colour the text.
-    """
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def scaled(size: int) -> str:
@@ -120,3 +117,28 @@ def scaled(size: int) -> str:
     if tenths >= 1000:
         return f"{(size + (1 << shift >> 1)) >> shift}{unit}"
     return f"{tenths // 10}.{tenths % 10}{unit}"
+
+
+def say(text: str) -> None:
+    """Print data and flush it, so that a full disk is noticed.
+
+    Raises PyvmError, but BrokenPipeError as it is: a reader that has enough is no failure.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as err:
+        # What could not be flushed must not fail a second time when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), 1)
+        raise PyvmError(f"cannot write the output: {err.strerror}") from err
+
+
+def say_json(value: Any) -> None:
+    """Print one JSON document."""
+    say(json.dumps(value, indent=2))
+
+
+def tell(text: str) -> None:
+    """Say something to the user, apart from the data."""
+    print(printable(text), file=sys.stderr, flush=True)

@@ -9,15 +9,16 @@ from __future__ import annotations
 import os
 import select
 import signal
-import socket
 import sys
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from config.errors import PyvmError
 from vmm.rawmode import RawTerminal
+from vmm.table import tell
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
 
 _CHUNK: Final = 64 * 1024  # bytes moved at a time, and kept for a console that does not read
@@ -94,17 +95,6 @@ class Escapes:
         return found
 
 
-def connect(path: str) -> socket.socket:
-    """Connect to a console socket. Raises PyvmError."""
-    console = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        console.connect(path)
-    except OSError as err:
-        console.close()
-        raise PyvmError(f"cannot connect to {path}: {err.strerror}") from err
-    return console
-
-
 class ConsoleClient:
     """Copies between a console and the user until one of them ends it."""
 
@@ -130,10 +120,12 @@ class ConsoleClient:
         if not os.isatty(self._stdin):
             return self._copy()
         self._escapes = Escapes()
-        self._tell(f"connected to {self._name}; ^] leaves, ~? at the start of a line explains")
+        tell(f"connected to {self._name}; ^] leaves, ~? at the start of a line explains")
         with RawTerminal(self._stdin):
             end = self._copy()
-        self._tell("" if end is End.CLOSED else f"left {self._name}")
+        sys.stderr.write("\n")  # the guest may have left the cursor anywhere
+        if end is End.DETACHED:
+            tell(f"left {self._name}")
         return end
 
     def _copy(self) -> End:
@@ -189,7 +181,7 @@ class ConsoleClient:
             elif item is Action.DETACH:
                 return False
             elif item is Action.HELP:
-                self._tell("\n" + HELP)
+                self._tell(HELP)
             elif item is Action.BREAK:
                 try:
                     self._send_break()
@@ -200,8 +192,8 @@ class ConsoleClient:
         return True
 
     def _tell(self, text: str) -> None:
-        """Say something of ours; in raw mode a line feed does not return the carriage."""
-        sys.stderr.write("\r" + text.rstrip("\n").replace("\n", "\r\n") + "\r\n")
+        """Say something in raw mode, where a line feed does not return the carriage."""
+        sys.stderr.write("\r\n" + text.rstrip("\n").replace("\n", "\r\n") + "\r\n")
         sys.stderr.flush()
 
 

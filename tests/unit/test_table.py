@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from vmm.table import STATUS_COLUMNS, Paint, printable, scaled, table, wants_colour
+from vmm.table import STATUS_COLUMNS, Paint, scaled, table, wants_colour
 
 PLAIN = Paint(False)
 
@@ -52,8 +52,12 @@ def test_a_wide_cell_is_shown_whole() -> None:
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
-    """Text from outside cannot move the cursor, ring, or start an escape sequence."""
-    assert printable("a\x1b[2Jb\nc\u202ed é") == "a?[2Jb?c?d é"
+    """A name from another user's file cannot move the cursor or start an escape sequence."""
+    row = ("1", "9", "1", "1.0G", "1.0M", "console", "root", "running", "a\x1b[2Jb\nc\u202ed")
+
+    assert table(STATUS_COLUMNS, [row], PLAIN, {}).split("\n")[1].endswith(
+        " running a\\x1b[2Jb\\nc\\u202ed"
+    )
 
 
 @pytest.mark.parametrize(

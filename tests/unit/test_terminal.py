@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from config.errors import PyvmError
-from vmm.terminal import Action, ConsoleClient, End, Escapes, connect
+from vmm.terminal import Action, ConsoleClient, End, Escapes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -411,9 +411,3 @@ def test_a_reset_console_is_a_closed_one() -> None:
     assert piped.client.run() is End.CLOSED
     os.close(piped.stdin)
     piped.close()
-
-
-def test_connecting_to_nobody_is_an_error() -> None:
-    """A console socket that is not there is a plain error that names it."""
-    with pytest.raises(PyvmError, match=r"cannot connect to /nonexistent/console\.sock: No such"):
-        connect("/nonexistent/console.sock")

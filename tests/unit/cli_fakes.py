@@ -1,0 +1,146 @@
+"""VM processes without a VM, for tests of pyvmctl: real directory, sockets and process, no guest.
+
+A child of the test takes the runtime directory as a VM process does and serves the real control
+and console sockets. What it is asked shows in `asked`, and it can be deaf or stubborn.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING, Any, Final
+
+from vmm import log
+from vmm.console import Console
+from vmm.control import Control
+from vmm.loop import READ, Loop
+from vmm.rundir import RunDir
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DEADLINE: Final = 10.0  # seconds; every wait here ends in milliseconds when all is well
+CONFIG: Final = {"name": "web", "vcpus": 2, "memory": 512 << 20, "owner": ""}
+
+
+class FakeOperations:
+    """What a control client can do to the fake: note it, and end when told."""
+
+    def __init__(self, rundir: RunDir, end: Callable[[int], None], answers: dict[str, Any]) -> None:
+        self.name, self._rundir, self._end, self._answers = rundir.name, rundir, end, answers
+        self._status = "running"
+
+    def status(self) -> str:
+        return self._status
+
+    def info(self) -> dict[str, Any]:
+        facts = {"status": self._status, "memory_resident": 88 << 20, "vcpus": 2}
+        return {**facts, **self._answers.get("info", {})}
+
+    def pause(self) -> None:
+        self._status = "paused"
+        self._note("pause")
+
+    def resume(self) -> None:
+        self._status = "running"
+        self._note("resume")
+
+    def reset(self, cause: str) -> None:
+        self._note(f"reset {cause}")
+
+    def power_button(self) -> None:
+        self._note("power button")
+        if "power_button" in self._answers:
+            self._end(self._answers["power_button"])
+
+    def ctrl_alt_del(self) -> None:
+        self._note("ctrl-alt-del")
+
+    def send_break(self) -> None:
+        self._note("break")
+
+    def quit(self, cause: str) -> None:
+        self._note(f"quit {cause}")
+        if not self._answers.get("stubborn"):
+            self._end(0)
+
+    def _note(self, what: str) -> None:
+        log.info(f"asked: {what}")
+
+
+class FakeVm:
+    """A child process that is VM `name`, as far as pyvmctl can see."""
+
+    def __init__(self, name: str = "web", **answers: Any) -> None:
+        """`deaf`: sockets there, nobody serves them. `stubborn`: ignores quit and SIGTERM.
+
+        `power_button`: ends with that status when pressed. `info`: more facts of x-pyvmd-info.
+        `echo`: the console sends back what it gets, and ends the VM on "poweroff".
+        """
+        ready, tell = os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                os.close(ready)
+                self._serve(name, answers, tell)
+            finally:
+                os._exit(99)
+        os.close(tell)
+        assert os.read(ready, 1) == b"!", "the fake VM did not start"
+        os.close(ready)
+        self._reaped = False
+
+    def _serve(self, name: str, answers: dict[str, Any], tell: int) -> None:
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in range(3):
+            os.dup2(null, fd)
+        rundir = RunDir(name)
+        rundir.take()
+        log.setup(rundir.vm_log, vm=name)
+        loop = Loop()
+
+        def end(status: int) -> None:
+            rundir.write_exit({"reason": "host-qmp-quit", "status": status, "guest": False})
+            loop.stop()
+
+        operations = FakeOperations(rundir, end, answers)
+        allowed = rundir.permitted
+        control = Control(loop, rundir.listen_control(), operations, allowed)
+
+        def typed(data: bytes) -> int:
+            console.output(data)
+            if b"poweroff" in data:
+                end(answers.get("status", 0))
+            return len(data)
+
+        console = Console(
+            loop, rundir.listen_console(), rundir.console_log, typed, rundir.permitted
+        )
+        rundir.running({**CONFIG, "name": name, **answers.get("config", {})})
+        if answers.get("stubborn"):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        else:
+            stop_fd, stop = os.pipe()
+            loop.add(stop_fd, READ, lambda _: end(0))
+            signal.signal(signal.SIGTERM, lambda *_: os.write(stop, b"!") and None)
+        os.write(tell, b"!")
+        os.close(tell)
+        if answers.get("deaf"):
+            while True:
+                signal.pause()
+        loop.run()
+        console.close()
+        control.close()
+        rundir.close()
+        os._exit(0)
+
+    def kill(self) -> None:
+        """End it as by `kill -9`, and reap it."""
+        if not self._reaped:
+            os.kill(self.pid, signal.SIGKILL)
+            self.reap()
+
+    def reap(self) -> None:
+        """Wait for its end."""
+        os.waitpid(self.pid, 0)
+        self._reaped = True
