@@ -78,8 +78,8 @@ class Session(Stream):
         self._serve()
 
     def ended(self) -> None:
-        """Close once all that was asked is answered, and the answers are read."""
-        if not (self._due or self._later or self.queued):
+        """Close once the answers are read; all that was asked has been answered."""
+        if not self.queued:
             self.close()
 
     def hung_up(self) -> None:

@@ -244,6 +244,9 @@ def test_a_full_uart_holds_up_only_who_types(served: Served) -> None:
     text = b"".join(b"%07d\n" % n for n in range(200))
     typist.send(text)
     turn(served.loop, 10)
+    typist.send(b"x")
+    turn(served.loop, 10)
+    assert next(iter(served.console._viewers)).typed == text[16:]  # the x waits in the kernel
     assert len(served.uart.fifo) == 16
     assert served.loop._epoll.poll(0) == []  # no spinning meanwhile
     served.print(b"still alive")
@@ -252,7 +255,8 @@ def test_a_full_uart_holds_up_only_who_types(served: Served) -> None:
         before = len(served.uart.read)
         served.room()
         assert len(served.uart.read) > before
-    assert served.uart.read == text
+    served.room()
+    assert served.uart.read == text + b"x"
 
 
 def test_two_who_type_into_a_full_uart_take_turns(served: Served) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -187,6 +188,27 @@ def test_starts_that_fail_never_let_two_in(root: Path) -> None:
     assert sorted(os.listdir(root)) == [".ids", ".ids.lock"]
 
 
+def test_a_lock_of_a_directory_that_is_gone_counts_for_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a start's open() and its flock() a failed start may remove, a third make anew."""
+    first, second, third = RunDir("web"), RunDir("web"), RunDir("web")
+    first.take()
+    real = fcntl.flock
+
+    def late(fd: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", real)
+        first.discard()
+        third.take()
+        real(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(HostError, match="already running"):
+        second.take()
+    assert os.path.samestat(os.stat(f"{third.path}/lock"), os.fstat(third._lock))
+    third.discard()
+
+
 def run_threads(work: Any, count: int) -> None:
     """Run `work` on many threads at once."""
     threads = [threading.Thread(target=work) for _ in range(count)]
@@ -272,7 +294,10 @@ def test_a_death_is_not_mistaken_for_the_end_before(web: RunDir, root: Path) -> 
     die(again)
     assert survey.lookup("web").state == "crashed"
 
-    die(start("web"))
+    once_more = start("web")
+    once_more.write_exit({"reason": "guest power-off", "status": 0})
+    once_more.close()
+    die(start("web"))  # in a process with the same number as the run before
     assert survey.lookup("web").state == "crashed"
 
 
@@ -386,6 +411,24 @@ def test_waiting_ends_with_the_vm(web: RunDir) -> None:
         survey.wait_end("db", 1.0)
 
 
+@pytest.mark.timeout(20)
+def test_waiting_is_not_misled_by_a_pid_used_anew(
+    web: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the VM ends just before its process is watched, the pid may be somebody else's."""
+    real = os.pidfd_open
+
+    def late(pid: int) -> int:
+        web.write_exit({"reason": "quit", "status": 0})
+        web.close()
+        return real(pid)  # this process: it will not end
+
+    monkeypatch.setattr(os, "pidfd_open", late)
+    info = survey.wait_end("web")  # would wait for ever
+    assert info is not None
+    assert info.state == "stopped"
+
+
 def test_an_owner_can_be_given_the_vm(web: RunDir) -> None:
     """`owner: user:group` opens directory and sockets to that user and group only."""
     if os.geteuid() != 0:
@@ -406,6 +449,14 @@ def test_an_owner_can_be_given_the_vm(web: RunDir) -> None:
     again = start("web")  # root takes it back before it trusts a name in it
     assert os.stat(again.path).st_uid == 0
     again.close()
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    """A FIFO or a device under a file's name is refused, whatever it would do."""
+    os.mkfifo(tmp_path / "fifo")
+    for path in (str(tmp_path / "fifo"), "/dev/null"):
+        with pytest.raises(PermissionError, match="not a regular file"):
+            safefile.open_file(path, os.O_RDWR)
 
 
 def test_json_files_appear_whole(root: Path) -> None:
