@@ -20,9 +20,28 @@ class Block(IntEnum):
     COMMON = 0x000
     NOTIFY = 0x100
     ISR = 0x200
+    ISR_PEEK = 0x201  # ISR without clearing it; for the VM process, which shows it to no guest
     DEVICE = 0x300
     LEGACY = 0x1000  # not in the BAR: how a viodev_msg names the legacy 0.9 registers
-    END = 0x2000
+
+
+class Common(IntEnum):
+    """struct virtio_pci_common_cfg, where both processes need it (virtio 1.2 §4.1.4.3)."""
+
+    MSIX_CONFIG = 0x10
+    DEVICE_STATUS = 0x14
+    QUEUE_SELECT = 0x16
+    QUEUE_MSIX_VECTOR = 0x1A
+
+
+class Legacy(IntEnum):
+    """The legacy register block, without its two vector registers (virtio 1.2 §4.1.4.10)."""
+
+    QUEUE_SELECT = 0x0E
+    QUEUE_NOTIFY = 0x10
+    DEVICE_STATUS = 0x12
+    ISR = 0x13
+    DEVICE = 0x14
 
 
 COMMON_LENGTH: Final = 64  # virtio 1.2 §4.1.4.3, up to and with queue_reset

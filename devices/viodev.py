@@ -100,16 +100,20 @@ class Channel:
     def __init__(self, sock: socket.socket, name: str, deadline: float) -> None:
         """Take over `sock`; every wait for the peer ends after `deadline` seconds."""
         self.name = name
-        # The kernel keeps the deadline, also for a frame that stops half-way.
-        wait = pack("ll", int(deadline), int(deadline % 1 * 1e6))
         sock.setblocking(True)
-        sock.setsockopt(_SOL, socket.SO_RCVTIMEO, wait)
-        sock.setsockopt(_SOL, socket.SO_SNDTIMEO, wait)
         self._connection = Connection(sock.detach())
+        self.set_deadline(deadline)
 
     def fileno(self) -> int:
         """Return the descriptor, to poll it."""
         return self._connection.fileno()
+
+    def set_deadline(self, seconds: float) -> None:
+        """Bound every later wait for the peer, also for the rest of a frame; the kernel does."""
+        wait = pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        with socket.socket(fileno=os.dup(self.fileno())) as sock:
+            sock.setsockopt(_SOL, socket.SO_RCVTIMEO, wait)
+            sock.setsockopt(_SOL, socket.SO_SNDTIMEO, wait)
 
     def send(self, kind: int, data: bytes = b"", *, peerid: int = 0, fd: int | None = None) -> None:
         """Send one message, and a copy of `fd` with it. Raises ChannelError."""

@@ -71,7 +71,11 @@ class Board:
         for base, length, chip, name in chips:
             self.pio.claim(base, length, chip, name, width=1)
         self.pio.claim(PM_BLOCK, 12, self.pm, "ACPI PM")
-        self._resettable = (*(chip for _, _, chip, _ in chips), self.pm, self.pci)
+        self._resettable: tuple[Chip | Pm | PciBus, ...] = (
+            *(chip for _, _, chip, _ in chips),
+            self.pm,
+            self.pci,
+        )
 
     def connect(self) -> None:
         """Wire the board to a VM that has its interrupt chips; after every reset too."""

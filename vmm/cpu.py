@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from vmm import kvmabi as abi
+from vmm.loader import BOOT_CS, BOOT_DS, BOOT_TSS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -47,9 +48,6 @@ LVT_LINT0: Final = 0x350
 LVT_LINT1: Final = 0x360
 DELIVERY_NMI: Final = 4 << 8
 DELIVERY_EXTINT: Final = 7 << 8
-
-CODE_SELECTOR: Final = 0x10
-DATA_SELECTOR: Final = 0x18
 
 
 def cpuid(
@@ -132,11 +130,11 @@ def _set_entry(vcpu: Vcpu, entry: Entry) -> None:
     """Flat segments, then either paging with the identity map or plain 32-bit mode."""
     long_mode = entry.mode == "long"
     sregs = vcpu.sregs()
-    sregs.cs = abi.Segment(0, 0xFFFFFFFF, CODE_SELECTOR, 0xB, 1, 0, not long_mode, 1, long_mode, 1)
-    data = abi.Segment(0, 0xFFFFFFFF, DATA_SELECTOR, 3, 1, 0, 1, 1, 0, 1)
+    sregs.cs = abi.Segment(0, 0xFFFFFFFF, BOOT_CS, 0xB, 1, 0, not long_mode, 1, long_mode, 1)
+    data = abi.Segment(0, 0xFFFFFFFF, BOOT_DS, 3, 1, 0, 1, 1, 0, 1)
     for name in ("ds", "es", "fs", "gs", "ss"):
         setattr(sregs, name, data)
-    sregs.tr = abi.Segment(0, 0x67, 0, 0xB, 1)
+    sregs.tr = abi.Segment(0, 0x67, BOOT_TSS, 0xB, 1)
     sregs.gdt.base, sregs.gdt.limit = entry.gdt, entry.gdt_limit
     sregs.cr0 = CR0_PE | CR0_ET | CR0_NE | (CR0_PG if long_mode else 0)
     sregs.cr3 = entry.cr3

@@ -48,6 +48,7 @@ CMDLINE_SPACE: Final = 64 * KIB  # the terminating NUL included
 HIGH_MEMORY: Final = MIB
 
 E820_RAM: Final = 1
+E820_RESERVED: Final = 2
 
 # Linux fixes the first two selectors (boot.rst, "32-bit" and "64-bit Boot Protocol"); PVH and
 # Multiboot leave them to the loader. In the GDT their descriptors are flat: base 0, 4 GiB.

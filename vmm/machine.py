@@ -12,6 +12,7 @@ from config.errors import ConfigError, HostError
 from vmm import acpi, boot, cpu, memory, mptable
 from vmm.board import COM1, Board
 from vmm.coalesced import CoalescedPort
+from vmm.irq import Router
 from vmm.kvm import System, Vm
 from vmm.kvmabi import Cap, Exit
 from vmm.pci import intx_gsi
@@ -67,8 +68,9 @@ class Machine:
         except BaseException:
             self._system.close()
             raise
-        self._vm = Vm(self._system)
-        self.board = Board(config, self._vm, loop, owner)
+        self.vm = Vm(self._system)
+        self.router = Router(self.vm, self._system.capability(Cap.IRQ_ROUTING))
+        self.board = Board(config, self.vm, loop, owner)
         self._coalesced = CoalescedPort(COM1, self.board.uart.write_many, loop.timer)
         self.board.uart.on_fifo = self._coalesced.switch
         self._exits = Exits(
@@ -87,8 +89,8 @@ class Machine:
     def power_on(self) -> None:
         """Load the guest and make its vCPUs, parked. Raises ConfigError, HostError, KvmError."""
         count = self.config.vcpus
-        self._vm.create_chips()
-        self.ram.plug_into(self._vm)
+        self.vm.create_chips()
+        self.ram.plug_into(self.vm)
         tables = acpi.build(count, intx_gsi, base_gpa=ACPI_TABLES)
         self.ram.memory.write(ACPI_TABLES, tables.blob)
         self.ram.memory.write(mptable.ADDRESS, mptable.build(count, intx_gsi))
@@ -98,13 +100,13 @@ class Machine:
         deadline = bool(self._system.capability(Cap.TSC_DEADLINE_TIMER))
         self._gate = Gate()
         for index in range(count):
-            vcpu = self._vm.create_vcpu(index)
+            vcpu = self.vm.create_vcpu(index)
             self._vcpus.append(VcpuThread(vcpu, self._exits, self._gate))
             cpu.set_up(vcpu, cpu.cpuid(supported, index, count, tsc_deadline=deadline), entry)
         self.board.connect()
         ring = self._vcpus[0].vcpu.ring
         if ring is not None:
-            self._coalesced.attach(self._vm, ring)
+            self._coalesced.attach(self.vm, ring)
         for thread in self._vcpus:
             thread.start()
 
@@ -126,7 +128,7 @@ class Machine:
         """End the vCPUs and forget the guest's state; RAM keeps its bytes, as on a real reset."""
         self._end_vcpus()
         self.board.reset()
-        self._vm.renew()
+        self.vm.renew()
 
     def poke(self) -> None:
         """Stop the vCPUs at their gates without waiting; safe on a vCPU's own thread."""
@@ -144,7 +146,7 @@ class Machine:
         """Give everything back to the host."""
         self._end_vcpus()
         self.board.reset()
-        self._vm.close()
+        self.vm.close()
         self.ram.close()
         self._system.close()
 

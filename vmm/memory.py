@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from config.errors import ConfigError, HostError
 from devices.guestmem import GuestMemory, Region
-from vmm.boot import E820Range
+from vmm.loader import E820_RAM, E820_RESERVED, E820Range
 
 if TYPE_CHECKING:
     from vmm.kvm import Vm
@@ -38,9 +38,6 @@ KVM_IDENTITY_MAP: Final = 0xFEFFC000
 KVM_TSS: Final = 0xFEFFD000  # three pages
 FIRMWARE: Final = 0xFFC00000
 ABOVE_4G: Final = 1 << 32
-
-E820_RAM: Final = 1
-E820_RESERVED: Final = 2
 
 
 class Split(NamedTuple):

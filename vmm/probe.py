@@ -17,6 +17,7 @@ from vmm import cpu
 from vmm.boot import Entry
 from vmm.bus import Bus
 from vmm.kvm import System, Vm
+from vmm.loader import BOOT_CS
 from vmm.memory import MIB, Ram
 from vmm.vcpu import Exits, Gate, VcpuThread, catch_kick
 
@@ -101,7 +102,7 @@ def _place(ram: Ram) -> Entry:
     write(_PD, pack("<Q", _PRESENT_WRITABLE | _LARGE))
     write(_GDT, pack("<QQQQ", 0, 0, 0x00AF9A000000FFFF, 0x00CF92000000FFFF))
     handler = _CODE + _RESUME
-    gate = pack("<HHBBHII", handler & 0xFFFF, cpu.CODE_SELECTOR, 0, 0x8E, handler >> 16, 0, 0)
+    gate = pack("<HHBBHII", handler & 0xFFFF, BOOT_CS, 0, 0x8E, handler >> 16, 0, 0)
     write(_IDT + 3 * len(gate), gate)
     write(_CODE, PAYLOAD)
     regs = (("rsi", _SCRATCH), ("rdi", _SCRATCH + 64), ("rsp", _STACK))

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from config.errors import ConfigError
-from vmm import memory
+from vmm import loader, memory
 from vmm.boot import E820Range
 from vmm.memory import ABOVE_4G, GIB, HIGH_RAM, MIB, PCI_WINDOW
 
@@ -28,7 +28,7 @@ def test_e820(size: int) -> None:
     ranges = memory.e820(size)
     for before, after in itertools.pairwise(ranges):
         assert before.start + before.size <= after.start
-    ram = [item for item in ranges if item.type == memory.E820_RAM]
+    ram = [item for item in ranges if item.type == loader.E820_RAM]
     lost = HIGH_RAM - memory.EBDA  # backed, but not the guest's to use
     assert sum(item.size for item in ram) == size - lost
     for item in ram:
@@ -36,7 +36,7 @@ def test_e820(size: int) -> None:
             region.gpa <= item.start and item.start + item.size <= region.gpa + region.size
             for region in memory.regions(size)
         )
-    assert E820Range(0, memory.EBDA, memory.E820_RAM) in ranges
+    assert E820Range(0, memory.EBDA, loader.E820_RAM) in ranges
 
 
 def test_ram_is_sealed() -> None:
