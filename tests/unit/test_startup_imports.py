@@ -26,9 +26,9 @@ _VM_PROCESS: Final = """
     ctypes errno fcntl grp json mmap pwd select selectors signal socket array struct threading
     contextlib bisect
 """
-_WITHOUT_CODE: Final = "__future__ cython_runtime"
+_NEARLY_NOTHING: Final = "__future__ cython_runtime encodings"
 ALLOWED: Final = frozenset(
-    f"{_COMMAND_LINE} {_VM_YAML} {_VM_PROCESS} {_WITHOUT_CODE}".split(),
+    f"{_COMMAND_LINE} {_VM_YAML} {_VM_PROCESS} {_NEARLY_NOTHING}".split(),
 )
 OURS: Final = ("config", "vmm", "devices.spec", "devices.viodev", "devices.guestmem", "devices")
 # Where the late imports are that every detached start reaches.
