@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from config.errors import HostError, PyvmError
-from vmm import checks, kvm, kvmabi
+from vmm import checks, kvm, kvmabi, runroot
 from vmm.checks import Check
 
 if TYPE_CHECKING:
@@ -77,18 +77,18 @@ def groups() -> Check:
 
 
 def runtime_directory() -> Check:
-    """Where running VMs have their sockets: must be ours to write."""
-    from vmm import rundir  # late: so that a broken host still gets the rest of the report
-
+    """Where running VMs have their sockets: safe from others, and ours to write."""
+    place = root = runroot.root()
     try:
-        root = rundir.root()
-    except PyvmError as err:
+        os.close(runroot.open_root())
+    except FileNotFoundError:  # made by the first start, if it can be
+        while not os.path.exists(place):
+            place = os.path.dirname(place)
+    except HostError as err:
         return Check("fail", err.what, err.hint, None)
-    place = root
-    while not os.path.exists(place):
-        place = os.path.dirname(place)
     if not os.access(place, os.W_OK | os.X_OK):
-        return Check("fail", f"cannot write to {place}", f"make {root} writable for you", root)
+        hint = "set PYVMD_RUNTIME_DIR to a directory of your own"
+        return Check("fail", f"{root}: cannot write to {place}", hint, None)
     return Check("ok", root, value=root)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from config.errors import HostError, PyvmError
+from config.errors import HostError
 from vmm import checks, cli, doctor, kvm, probe
 from vmm.checks import Check
 
@@ -173,22 +173,23 @@ def test_stock_kernels_without_kvm_is_no(monkeypatch: pytest.MonkeyPatch) -> Non
     assert doctor.stock_kernels().value is False
 
 
-def test_an_unusable_runtime_directory_fails(
+def test_the_runtime_directory_must_be_safe_and_ours(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A directory for running VMs that this user cannot have is a failure with its text."""
-    from vmm import rundir
+    """One that others can write to fails; one that is still to be made is fine, if it can be."""
+    monkeypatch.setenv("PYVMD_RUNTIME_DIR", str(tmp_path))
+    tmp_path.chmod(0o777)
+    check = doctor.runtime_directory()
+    assert check.state == "fail"
+    assert str(tmp_path) in check.text
+    assert "PYVMD_RUNTIME_DIR" in check.remedy
 
-    def refuse() -> str:
-        raise PyvmError("/run/x belongs to somebody else", hint="remove it")
-
-    monkeypatch.setattr(rundir, "root", refuse)
-    assert doctor.runtime_directory() == Check(
-        "fail", "/run/x belongs to somebody else", "remove it", None
-    )
-
-    monkeypatch.setattr(rundir, "root", lambda: f"{tmp_path}/a/b")
-    assert doctor.runtime_directory() == Check("ok", f"{tmp_path}/a/b", value=f"{tmp_path}/a/b")
+    tmp_path.chmod(0o700)
+    assert doctor.runtime_directory() == Check("ok", str(tmp_path), value=str(tmp_path))
+    monkeypatch.setenv("PYVMD_RUNTIME_DIR", f"{tmp_path}/a/b")
+    assert doctor.runtime_directory().state == "ok"
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert doctor.runtime_directory().state == "fail"
 
 
 def test_a_missing_device_names_its_module() -> None:
