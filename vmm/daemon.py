@@ -11,7 +11,7 @@ import os
 import select
 import signal
 import sys
-from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
 from config.errors import (
     EXIT_DONE,
@@ -29,7 +29,7 @@ from vmm.owner import resolve
 from vmm.rundir import RunDir
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from types import FrameType
 
     from config.model import VmConfig
@@ -40,7 +40,8 @@ CANCEL_SECONDS: Final = 5.0  # for a VM process to tidy up after itself before S
 # A write of at most PIPE_BUF (4096) bytes arrives in one piece, so one read has all of it.
 _REPORT_LIMIT: Final = 4000  # bytes: the exit status, then text
 _ERRORS: Final = {EXIT_USAGE: ConfigError, EXIT_NO_SUCH_VM: NoSuchVmError}
-_DEADLY: Final = (signal.SIGTERM, signal.SIGHUP)
+_DEADLY: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_REPORT_FD: Final = 3  # in the VM process, and the only descriptor that it inherits beyond 2
 
 
 class Started(NamedTuple):
@@ -57,8 +58,7 @@ def run(config: VmConfig, started: Callable[[Started], None], *, foreground: boo
     Raises PyvmError if it never gets that far, with nothing left behind. Signals that end a
     process do so by SystemExit until the VM handles them itself.
     """
-    for number in _DEADLY:
-        signal.signal(number, _leave)
+    _leave_on_signals()
     owner = resolve(config.owner)
     rundir = RunDir(config.name)
     rundir.take()
@@ -96,22 +96,22 @@ def start(config: VmConfig) -> Started:
     reader, writer = os.pipe()
     sys.stdout.flush()  # or the child would hold a copy of what is still unwritten
     sys.stderr.flush()
-    before = [signal.signal(number, _leave) for number in _DEADLY]
-    pid = 0
+    # Until both processes stand where a signal ends them in good order, signals wait.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _DEADLY)
+    pid = os.fork()
+    if not pid:
+        _be_vm_process(config, writer, mask)
+    handlers = _leave_on_signals()
     try:
-        pid = os.fork()
-        if not pid:
-            os.close(reader)
-            _be_vm_process(config, writer)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(writer)
         return _await_report(config.name, pid, reader)
     except (KeyboardInterrupt, SystemExit):
-        if pid:
-            _cancel(pid)
+        _cancel(pid)
         raise
     finally:
         os.close(reader)
-        for number, handler in zip(_DEADLY, before, strict=True):
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
@@ -124,6 +124,18 @@ def _give(rundir: RunDir, owner: Owner) -> None:
         who = f"uid {owner.uid}" + ("" if owner.gid is None else f", gid {owner.gid}")
         hint = "only root can give a VM to another user" if os.geteuid() else ""
         raise HostError(f"cannot make {who} the owner: {err.strerror}", hint=hint) from err
+
+
+def _leave_on_signals() -> dict[signal.Signals, Any]:
+    """Let signals that end a process do so by an exception; returns the handlers before.
+
+    ^C has its own exception already, and a signal that is ignored (nohup) stays so.
+    """
+    return {
+        number: signal.signal(number, _leave)
+        for number in _DEADLY
+        if signal.getsignal(number) == signal.SIG_DFL
+    }
 
 
 def _leave(number: int, _frame: FrameType | None) -> NoReturn:
@@ -175,11 +187,16 @@ def _cancel(pid: int) -> None:
         survey.survey()
 
 
-def _be_vm_process(config: VmConfig, writer: int) -> NoReturn:
+def _be_vm_process(config: VmConfig, writer: int, mask: Iterable[int]) -> NoReturn:
     """Run the VM in this forked child, report through `writer`, and never come back."""
-    status, report = EXIT_FAILED, _Report(writer)
+    status, report = EXIT_FAILED, _Report(_REPORT_FD)
     try:
+        # Nothing that the caller happens to have open, a lock file say, lives on with the VM.
+        os.dup2(writer, _REPORT_FD)
+        os.closerange(_REPORT_FD + 1, os.sysconf("SC_OPEN_MAX"))
         os.setsid()
+        _leave_on_signals()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.umask(0o077)
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
@@ -197,6 +214,8 @@ def _be_vm_process(config: VmConfig, writer: int) -> NoReturn:
         report.send(status, str(err))
     except SystemExit as err:  # told to end while starting
         status = err.code if isinstance(err.code, int) else EXIT_FAILED
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
     except BaseException as err:
         import traceback  # a fault of ours: rare enough
 

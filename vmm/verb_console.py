@@ -34,10 +34,13 @@ def _console(options: Any) -> int:
     return attach(options.name, wait=not options.no_wait)
 
 
-def attach(word: str, *, wait: bool = True) -> int:
-    """Connect the user to a VM's console until one of them ends it; returns the exit status."""
+def attach(word: str, *, wait: bool = True, just_started: bool = False) -> int:
+    """Connect the user to a VM's console until one of them ends it; returns the exit status.
+
+    A VM that was just started may have ended already, which is an end like any other.
+    """
     info = survey.lookup(word)
-    if not info.alive:
+    if not info.alive and not just_started:
         raise HostError("is not running", vm=info.name)
 
     def send_break() -> None:
@@ -46,16 +49,19 @@ def attach(word: str, *, wait: bool = True) -> int:
 
     try:
         console = sockets.connect(f"{info.path}/{CONSOLE}", CONNECT_SECONDS)
+    except (FileNotFoundError, ConnectionError):
+        pass  # it has just ended, or will be said to go on without a console
     except OSError as err:
         what = f"cannot connect to its console: {err.strerror or err}"
         raise HostError(what, vm=info.name) from err
-    with console:
-        end = ConsoleClient(console, info.name, send_break, wait=wait).run()
-    if end is End.DETACHED:
-        return EXIT_DONE
+    else:
+        with console:
+            end = ConsoleClient(console, info.name, send_break, wait=wait).run()
+        if end is End.DETACHED:
+            return EXIT_DONE
     ended = survey.wait_end(info.name, END_SECONDS)
     if ended is None:
-        raise HostError("the console was closed, but the VM still runs", vm=info.name)
+        raise HostError("the console is closed, but the VM still runs", vm=info.name)
     tell(f"terminated vm {info.id}")
     return exit_status(ended)
 

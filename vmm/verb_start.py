@@ -52,7 +52,7 @@ def _start(options: Any) -> int:
     if options.console:
         from vmm import verb_console  # termios and the like
 
-        return verb_console.attach(vms[0].name)
+        return verb_console.attach(vms[0].name, just_started=True)
     return status
 
 

@@ -167,6 +167,17 @@ def test_the_vm_process_has_let_go_of_its_starter(lab: Lab) -> None:
         assert "Umask:\t0077\n" in status.read()
 
 
+def test_the_vm_process_keeps_nothing_that_its_caller_had_open(lab: Lab) -> None:
+    """A script's lock file must not stay locked for as long as the VM lives."""
+    lab.vm_is(runs)
+    with open(lab.root / ".mine", "w") as mine:
+        assert lab.start() == 0
+        pid = lab.pid()
+        links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+        assert mine.name not in links
+    assert f"{lab.root}/web/lock" in links
+
+
 def test_start_json(lab: Lab) -> None:
     """For programs: one object for one VM, a list for several."""
     lab.vm_is(runs)
@@ -366,12 +377,12 @@ def test_a_vm_process_that_dies_without_a_word(die: Callable[[], None], how: str
 
 def test_a_dead_vm_process_is_noticed_though_its_child_holds_the_pipe(lab: Lab) -> None:
     """What a VM process has forked must not keep the starter waiting for a report."""
-    held, hold = os.pipe()
+    fifo = str(lab.root / ".fifo")
+    os.mkfifo(fifo)
 
     def run(_config: VmConfig, _rundir: RunDir, _report: Report) -> int:
         if not os.fork():
-            os.close(hold)
-            os.read(held, 1)  # until the test closes it, with all it has inherited
+            os.close(os.open(fifo, os.O_RDONLY))  # until the test opens it too
             os._exit(0)
         os._exit(5)
 
@@ -379,8 +390,8 @@ def test_a_dead_vm_process_is_noticed_though_its_child_holds_the_pipe(lab: Lab) 
 
     assert lab.start() == 1
     assert "exit status 5" in lab.err
-    os.close(hold)
-    os.close(held)
+    assert survey.lookup("web").alive  # by the lock that the child has inherited
+    os.close(os.open(fifo, os.O_WRONLY))
     assert survey.wait_end("web", DEADLINE)
 
 
@@ -502,6 +513,23 @@ def test_a_fault_after_the_start_is_recorded(lab: Lab) -> None:
     info = survey.lookup("web")
     assert (info.state, info.exit["status"]) == ("stopped", 1)
     assert "ZeroDivisionError: oops" in info.exit["detail"]
+
+
+# with the console
+
+
+def test_start_c_of_a_vm_that_ends_at_once(lab: Lab) -> None:
+    """The console comes too late, which is an end like any other: the VM's own status."""
+
+    def run(config: VmConfig, rundir: RunDir, report: Report) -> int:
+        status = ends(7)(config, rundir, report)
+        rundir.close()
+        return status
+
+    lab.vm_is(run)
+
+    assert lab.start("-c") == 7
+    assert lab.err.endswith("terminated vm 1\n")
 
 
 # owner
