@@ -1,0 +1,125 @@
+"""Tiers, what they need, and fixtures that every tier may use.
+
+Tests in tests/kvm and tests/guest get the marker of that name. A test whose tier cannot run on
+this machine is skipped with the reason; `--no-skip` makes that, and any other skip in those two
+tiers, a failure.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import tempfile
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from config.errors import PyvmError
+from tests.guestvm import GuestVm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
+
+TIERS: Final = ("kvm", "guest")
+GUEST_TIMEOUT: Final = 600  # seconds for a test that boots Linux, perhaps inside tools/kvmhost
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of this project."""
+    group = parser.getgroup("pyvmd")
+    group.addoption(
+        "--no-skip", action="store_true", help="a skipped test of the kvm or guest tier fails"
+    )
+    group.addoption(
+        "--update-golden", action="store_true", help="write golden files; then review the diff"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let --update-golden reach tests that look at the environment."""
+    if config.getoption("--update-golden"):
+        os.environ["PYVMD_UPDATE_GOLDEN"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with its tier."""
+    here = os.path.dirname(__file__)
+    for item in items:
+        tier = os.path.relpath(item.path, here).split(os.sep)[0]
+        if tier in TIERS:
+            item.add_marker(tier)
+        if tier == "guest" and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(GUEST_TIMEOUT))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this machine cannot run."""
+    for tier, why_not in (("kvm", why_no_kvm), ("guest", why_no_guests)):
+        if item.get_closest_marker(tier) and (reason := why_not()):
+            pytest.skip(reason)
+
+
+@functools.cache
+def why_no_kvm() -> str:
+    """Return why bare-metal guests cannot run here, "" if they can."""
+    try:
+        os.close(os.open("/dev/kvm", os.O_RDWR))
+    except OSError as err:
+        return f"/dev/kvm: {err.strerror} (tools/kvmhost has one)"
+    return ""
+
+
+@functools.cache
+def why_no_guests() -> str:
+    """Return why Linux guests cannot run here, "" if they can; found by trying."""
+    if reason := why_no_kvm():
+        return reason
+    from vmm.probe import can_run_stock_kernels
+
+    try:
+        possible, reason = can_run_stock_kernels()
+    except PyvmError as err:
+        possible, reason = False, str(err)
+    return "" if possible else f"{reason} (tools/test guest runs these tests in tools/kvmhost)"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With --no-skip, turn a skip in a tier that must run into a failure."""
+    report = yield
+    tiers = [tier for tier in TIERS if item.get_closest_marker(tier)]
+    if report.skipped and tiers and item.config.getoption("--no-skip"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"the {tiers[0]} tier must not skip (--no-skip): {reason}"
+    return report
+
+
+@pytest.fixture
+def runtime_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Return an empty runtime directory of pyvmctl, used by all that this test starts.
+
+    Its path is short, since a socket's path ends at 107 bytes, and not on a shared file system.
+    """
+    parent = next(path for path in ("/run", "/dev/shm", "/tmp") if os.access(path, os.W_OK))
+    path = tempfile.mkdtemp(prefix="pyvmd-", dir=parent)
+    monkeypatch.setenv("PYVMD_RUNTIME_DIR", path)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def start_vm(runtime_dir: str) -> Iterator[Callable[[dict[str, Any]], GuestVm]]:
+    """Return a function that starts a VM from a vm.yaml's content. The VM ends with the test."""
+    started: list[GuestVm] = []
+
+    def start(config: dict[str, Any]) -> GuestVm:
+        started.append(GuestVm(config, runtime_dir))
+        return started[-1]
+
+    yield start
+    for vm in started:
+        vm.end()
