@@ -10,7 +10,7 @@ import os
 import signal
 from typing import TYPE_CHECKING, Any, Final
 
-from vmm import log
+from vmm import cli, log
 from vmm.console import Console
 from vmm.control import Control
 from vmm.loop import READ, Loop
@@ -18,7 +18,11 @@ from vmm.rundir import RunDir
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
+    import pytest
+
+TOP: Final = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 DEADLINE: Final = 10.0  # seconds; every wait here ends in milliseconds when all is well
 CONFIG: Final = {"name": "web", "vcpus": 2, "memory": 512 << 20, "owner": ""}
 
@@ -144,3 +148,22 @@ class FakeVm:
         """Wait for its end."""
         os.waitpid(self.pid, 0)
         self._reaped = True
+
+
+class Pyvmctl:
+    """Runs pyvmctl in this process and keeps what it said."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+        self.out = self.err = ""
+
+    def __call__(self, *words: str) -> int:
+        """Run one command line; its exit status."""
+        status = cli.main(words)
+        self.out, self.err = self._capsys.readouterr()
+        return status
+
+
+def log_of(root: Path, name: str = "web") -> str:
+    """What the VM has logged."""
+    return (root / name / "log").read_text()

@@ -1,147 +1,32 @@
-"""pyvmctl start: from the command to a VM process that stands on its own, and every way it fails.
-
-`vm.run` is replaced by a guest-less stand-in; the runtime directory, the processes, the pipe
-between them and the signals are real.
-"""
+"""pyvmctl start: from the command to a VM process that stands on its own."""
 
 from __future__ import annotations
 
 import io
 import json
 import os
-import select
 import signal
 import sys
-import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from config.errors import ConfigError, HostError, KvmError, PyvmError
+from config.errors import HostError
 from tests.unit.cli_fakes import DEADLINE
-from vmm import cli, daemon, log, survey, vm
+from tests.unit.cli_start_lab import TWO, YAML, ends, fails, runs
+from vmm import survey
 from vmm.owner import Owner, resolve, user_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
-
     from config.model import VmConfig
+    from tests.unit.cli_start_lab import Report, StartLab
     from vmm.rundir import RunDir
-
-    Report = Callable[[None], None]
-    Run = Callable[[VmConfig, RunDir, Report], int]
-
-YAML: Final = "name: web\nboot: {kernel: vmlinuz}\n"
-TWO: Final = """\
-vms:
-  one: {boot: {kernel: k}}
-  two: {boot: {kernel: k}}
-  off: {boot: {kernel: k}, enable: no}
-"""
-
-
-class Lab:
-    """One test's vm.yaml, runtime directory and stand-in for the VM."""
-
-    def __init__(
-        self,
-        path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-    ) -> None:
-        self.root = path / "run"
-        self.root.mkdir(0o700)
-        self.yaml = path / "vm.yaml"
-        self.yaml.write_text(YAML)
-        self._monkeypatch, self._capsys = monkeypatch, capsys
-        monkeypatch.setenv("PYVMD_RUNTIME_DIR", str(self.root))
-        self.out = self.err = ""
-
-    def vm_is(self, run: Run) -> None:
-        """Let VM processes do this instead of running a guest."""
-        self._monkeypatch.setattr(vm, "run", run)
-
-    def __call__(self, *words: str) -> int:
-        """Run `pyvmctl start`; its exit status."""
-        try:
-            return cli.main(["start", *words])
-        finally:
-            self.out, self.err = self._capsys.readouterr()
-
-    def start(self, *words: str) -> int:
-        """Run `pyvmctl start` with the vm.yaml."""
-        return self(str(self.yaml), *words)
-
-    def pid(self, name: str = "web") -> int:
-        """The VM process's id."""
-        return survey.lookup(name).pid
-
-    def nothing_left(self) -> bool:
-        """Whether no directory of a VM and no child of ours is there."""
-        with pytest.raises(ChildProcessError):
-            os.waitpid(-1, os.WNOHANG)
-        return [name for name in os.listdir(self.root) if not name.startswith(".")] == []
-
-
-@pytest.fixture
-def lab(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Lab]:
-    """A place to start VMs in; what still runs at the end is killed."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    monkeypatch.setattr(daemon, "CANCEL_SECONDS", 0.5)
-    made = Lab(tmp_path, monkeypatch, capsys)
-    yield made
-    for info in survey.survey():
-        if info.pid:
-            os.kill(info.pid, signal.SIGKILL)
-    while True:
-        try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            break
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    log.setup(stderr=True)
-
-
-def runs(config: VmConfig, rundir: RunDir, report: Report) -> int:
-    """Start well and run until SIGTERM."""
-    ended, end = os.pipe()
-    signal.signal(signal.SIGTERM, lambda *_: os.write(end, b"!") and None)
-    rundir.running({"name": config.name, "vcpus": 1, "memory": 1 << 20})
-    report(None)
-    os.read(ended, 1)
-    rundir.write_exit({"reason": "host-signal", "status": 0})
-    return 0
-
-
-def fails(error: BaseException) -> Run:
-    """Make a VM that raises before its guest runs."""
-
-    def run(_config: VmConfig, _rundir: RunDir, _report: Report) -> int:
-        raise error
-
-    return run
-
-
-def ends(status: int) -> Run:
-    """Make a VM whose guest runs and ends at once."""
-
-    def run(_config: VmConfig, rundir: RunDir, report: Report) -> int:
-        rundir.running({})
-        report(None)
-        rundir.write_exit({"reason": "guest-shutdown", "status": status})
-        return status
-
-    return run
 
 
 # it starts
 
 
-def test_start_returns_once_the_guest_runs(lab: Lab) -> None:
+def test_start_returns_once_the_guest_runs(lab: StartLab) -> None:
     """Detached: the command is back with the VM running, and says id, name and pid."""
     lab.vm_is(runs)
 
@@ -153,7 +38,7 @@ def test_start_returns_once_the_guest_runs(lab: Lab) -> None:
     assert survey.lookup("web").state == "running"
 
 
-def test_the_vm_process_has_let_go_of_its_starter(lab: Lab) -> None:
+def test_the_vm_process_has_let_go_of_its_starter(lab: StartLab) -> None:
     """A session of its own, /dev/null for 0 to 2, the root directory, no pipe to the starter."""
     lab.vm_is(runs)
     assert lab.start() == 0
@@ -167,7 +52,7 @@ def test_the_vm_process_has_let_go_of_its_starter(lab: Lab) -> None:
         assert "Umask:\t0077\n" in status.read()
 
 
-def test_the_vm_process_keeps_nothing_that_its_caller_had_open(lab: Lab) -> None:
+def test_the_vm_process_keeps_nothing_that_its_caller_had_open(lab: StartLab) -> None:
     """A script's lock file must not stay locked for as long as the VM lives."""
     lab.vm_is(runs)
     with open(lab.root / ".mine", "w") as mine:
@@ -178,7 +63,7 @@ def test_the_vm_process_keeps_nothing_that_its_caller_had_open(lab: Lab) -> None
     assert f"{lab.root}/web/lock" in links
 
 
-def test_start_json(lab: Lab) -> None:
+def test_start_json(lab: StartLab) -> None:
     """For programs: one object for one VM, a list for several."""
     lab.vm_is(runs)
 
@@ -195,7 +80,7 @@ def test_start_json(lab: Lab) -> None:
     assert [one["name"] for one in json.loads(lab.out)] == ["one", "two"]
 
 
-def test_a_vm_that_ends_leaves_no_running_files(lab: Lab) -> None:
+def test_a_vm_that_ends_leaves_no_running_files(lab: StartLab) -> None:
     """After the end the sockets and pid are gone, the log and the last status are there."""
     lab.vm_is(runs)
     assert lab.start() == 0
@@ -209,7 +94,7 @@ def test_a_vm_that_ends_leaves_no_running_files(lab: Lab) -> None:
     assert "pid" not in left
 
 
-def test_standard_input_can_be_the_vm_yaml(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input_can_be_the_vm_yaml(lab: StartLab, monkeypatch: pytest.MonkeyPatch) -> None:
     """`-` reads it; complaints then name <stdin>."""
     lab.vm_is(runs)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(YAML.encode())))
@@ -228,7 +113,7 @@ def test_standard_input_can_be_the_vm_yaml(lab: Lab, monkeypatch: pytest.MonkeyP
     ("names", "expected"),
     [([], ["one", "two"]), (["two"], ["two"]), (["off", "one"], ["off", "one"])],
 )
-def test_all_enabled_or_the_named(names: list[str], expected: list[str], lab: Lab) -> None:
+def test_all_enabled_or_the_named(names: list[str], expected: list[str], lab: StartLab) -> None:
     """Without names: all but those with `enable: no`; with names: exactly those."""
     lab.vm_is(runs)
     lab.yaml.write_text(TWO)
@@ -237,7 +122,7 @@ def test_all_enabled_or_the_named(names: list[str], expected: list[str], lab: La
     assert [info.name for info in survey.survey()] == sorted(expected)
 
 
-def test_one_that_fails_keeps_none_of_the_others(lab: Lab) -> None:
+def test_one_that_fails_keeps_none_of_the_others(lab: StartLab) -> None:
     """The rest start, the failure is said, the exit status is 1."""
 
     def run(config: VmConfig, rundir: RunDir, report: Report) -> int:
@@ -262,7 +147,7 @@ def test_one_that_fails_keeps_none_of_the_others(lab: Lab) -> None:
     ],
 )
 def test_a_choice_that_means_nothing_is_status_2(
-    words: list[str], complaint: str, lab: Lab
+    words: list[str], complaint: str, lab: StartLab
 ) -> None:
     """Unknown names, and -c or -F for several VMs."""
     lab.yaml.write_text(TWO)
@@ -273,7 +158,7 @@ def test_a_choice_that_means_nothing_is_status_2(
     assert lab.nothing_left()
 
 
-def test_no_enabled_vm_is_status_2(lab: Lab) -> None:
+def test_no_enabled_vm_is_status_2(lab: StartLab) -> None:
     """A file whose only VM has `enable: no` starts it when named, and says so otherwise."""
     lab.vm_is(runs)
     lab.yaml.write_text(YAML + "enable: no\n")
@@ -283,204 +168,11 @@ def test_no_enabled_vm_is_status_2(lab: Lab) -> None:
     assert lab.start("web") == 0
 
 
-# it does not start
-
-
-def test_errors_in_the_vm_yaml_are_printed_as_they_are(lab: Lab) -> None:
-    """All at once, in the form that editors read, with status 2; nothing is started."""
-    lab.yaml.write_text("name: web\nmemmory: 1G\nboot: {kernel: k}\nvcpus: none\n")
-
-    assert lab.start() == 2
-    lines = lab.err.splitlines()
-    assert len(lines) == 2
-    assert lines[0].startswith(f"{lab.yaml}:2:1: memmory: unknown key")
-    assert lines[1].startswith(f"{lab.yaml}:4:8: vcpus: ")
-    assert lab.nothing_left()
-
-
-def test_a_vm_of_that_name_already_running(lab: Lab) -> None:
-    """The second start names the process that has the VM, which is not disturbed."""
-    lab.vm_is(runs)
-    assert lab.start() == 0
-    pid = lab.pid()
-
-    assert lab.start() == 1
-    assert lab.err == f"pyvmctl: VM web is already running (pid {pid})\n"
-    assert lab.pid() == pid
-    assert survey.lookup("web").state == "running"
-
-
-def test_a_vm_can_be_started_again_after_kill_9(lab: Lab) -> None:
-    """What a killed VM process leaves behind does not keep the next one from starting."""
-    lab.vm_is(runs)
-    assert lab.start() == 0
-    os.kill(lab.pid(), signal.SIGKILL)
-    os.waitpid(lab.pid() or -1, 0)
-
-    assert lab.start() == 0
-    assert lab.err.startswith("started vm 1 successfully")
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "text"),
-    [
-        (KvmError("no KVM", hint="load it"), 1, "pyvmctl: no KVM (load it)\n"),
-        (ConfigError("v.yaml:1:1: boot: no kernel"), 2, "v.yaml:1:1: boot: no kernel\n"),
-        (PyvmError("x" * 10_000), 1, "pyvmctl: " + "x" * 3999 + "\n"),
-    ],
-)  # fmt: skip
-def test_what_goes_wrong_in_the_vm_process_is_told_here(
-    error: PyvmError, status: int, text: str, lab: Lab
-) -> None:
-    """Text and exit status as if there were one process; long text is cut; nothing is left."""
-    lab.vm_is(fails(error))
-
-    assert lab.start() == status
-    assert lab.err == text
-    assert lab.nothing_left()
-
-
-def test_a_fault_of_ours_is_told_with_its_traceback(lab: Lab) -> None:
-    """An exception nobody foresaw reaches the user and the log, and leaves nothing running."""
-    lab.vm_is(fails(ZeroDivisionError("oops")))
-
-    assert lab.start() == 1
-    assert lab.err.startswith("pyvmctl: internal error in the VM process\nTraceback")
-    assert lab.err.endswith("ZeroDivisionError: oops\n")
-    assert lab.nothing_left()
-
-
-@pytest.mark.parametrize(
-    ("die", "how"),
-    [
-        (lambda: os.kill(os.getpid(), signal.SIGKILL), "killed by SIGKILL"),
-        (lambda: os.kill(os.getpid(), 42), "killed by signal 42"),
-        (lambda: os._exit(5), "exit status 5"),
-        (lambda: os._exit(0), "exit status 0"),
-    ],
-)
-def test_a_vm_process_that_dies_without_a_word(die: Callable[[], None], how: str, lab: Lab) -> None:
-    """No report but an end: its status is the report, and what it left is tidied up."""
-
-    def run(_config: VmConfig, _rundir: RunDir, _report: Report) -> int:
-        die()
-        return 0
-
-    lab.vm_is(run)
-
-    assert lab.start() == 1
-    assert lab.err == f"pyvmctl: web: VM process died during start: {how}\n"
-    assert not (lab.root / "web" / "pid").exists()
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
-
-
-def test_a_dead_vm_process_is_noticed_though_its_child_holds_the_pipe(lab: Lab) -> None:
-    """What a VM process has forked must not keep the starter waiting for a report."""
-    fifo = str(lab.root / ".fifo")
-    os.mkfifo(fifo)
-
-    def run(_config: VmConfig, _rundir: RunDir, _report: Report) -> int:
-        if not os.fork():
-            os.close(os.open(fifo, os.O_RDONLY))  # until the test opens it too
-            os._exit(0)
-        os._exit(5)
-
-    lab.vm_is(run)
-
-    assert lab.start() == 1
-    assert "exit status 5" in lab.err
-    assert survey.lookup("web").alive  # by the lock that the child has inherited
-    os.close(os.open(fifo, os.O_WRONLY))
-    assert survey.wait_end("web", DEADLINE)
-
-
-def test_a_runtime_directory_that_cannot_be_made(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Said before anything of the VM is built, status 1."""
-    monkeypatch.setenv("PYVMD_RUNTIME_DIR", "/proc/pyvmd")
-    try:
-        assert lab.start() == 1
-        assert lab.err.startswith("pyvmctl: cannot ")
-        assert "/proc/pyvmd" in lab.err
-    finally:
-        monkeypatch.setenv("PYVMD_RUNTIME_DIR", str(lab.root))
-
-
-# the user gives up
-
-
-def signals_starter(number: int, *, stubborn: bool = False) -> Run:
-    """Make a VM that takes for ever to start, during which the starter gets a signal."""
-
-    def run(_config: VmConfig, _rundir: RunDir, _report: Report) -> int:
-        if stubborn:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        os.kill(os.getppid(), number)
-        while True:
-            signal.pause()
-
-    return run
-
-
-@pytest.mark.parametrize("stubborn", [False, True])
-def test_interrupt_during_start_leaves_nothing(stubborn: bool, lab: Lab) -> None:
-    """^C while waiting ends the VM process, by SIGKILL if need be, and tidies up: status 130."""
-    lab.vm_is(signals_starter(signal.SIGINT, stubborn=stubborn))
-
-    assert lab.start() == 130
-    assert not (lab.root / "web" / "pid").exists()
-    assert stubborn or lab.nothing_left()
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_other_ends_of_the_starter_leave_nothing(number: signal.Signals, lab: Lab) -> None:
-    """A starter told to end takes the half-started VM along, and its handlers are put back."""
-    lab.vm_is(signals_starter(number))
-    before = signal.getsignal(number)
-
-    with pytest.raises(SystemExit) as end:
-        lab.start()
-
-    assert end.value.code == 128 + number
-    assert lab.nothing_left()
-    assert signal.getsignal(number) == before
-
-
-def test_a_vm_outlives_a_starter_that_is_killed(lab: Lab) -> None:
-    """A starter killed with -9 just before the report: the VM runs all the same."""
-
-    def run(config: VmConfig, rundir: RunDir, report: Report) -> int:
-        starter = os.pidfd_open(os.getppid())
-        os.kill(os.getppid(), signal.SIGKILL)
-        select.select([starter], [], [], DEADLINE)
-        return runs(config, rundir, report)
-
-    lab.vm_is(run)
-    starter = os.fork()
-    if not starter:
-        try:
-            lab.start()
-        finally:
-            os._exit(99)
-    _, status = os.waitpid(starter, 0)
-    assert os.WTERMSIG(status) == signal.SIGKILL
-
-    deadline = time.monotonic() + DEADLINE
-    while not (lab.root / "web" / "vm.json").exists():
-        assert time.monotonic() < deadline
-        select.select([], [], [], 0.005)
-    pid = lab.pid()
-    assert pid
-    cli.main(["stop", "-f", "web"])  # not our child any more
-
-
 # in the foreground
 
 
 @pytest.mark.parametrize("status", [0, 1, 7])
-def test_foreground_has_the_vms_own_status(status: int, lab: Lab) -> None:
+def test_foreground_has_the_vms_own_status(status: int, lab: StartLab) -> None:
     """-F: this process is the VM; it says when the guest runs and ends with the VM's status."""
     lab.vm_is(ends(status))
 
@@ -489,7 +181,7 @@ def test_foreground_has_the_vms_own_status(status: int, lab: Lab) -> None:
     assert survey.lookup("web").exit["status"] == status
 
 
-def test_foreground_failures_are_ordinary_errors(lab: Lab) -> None:
+def test_foreground_failures_are_ordinary_errors(lab: StartLab) -> None:
     """No report, no pipe: the error itself, and nothing left behind."""
     lab.vm_is(fails(HostError("no KVM")))
 
@@ -498,7 +190,7 @@ def test_foreground_failures_are_ordinary_errors(lab: Lab) -> None:
     assert lab.nothing_left()
 
 
-def test_a_fault_after_the_start_is_recorded(lab: Lab) -> None:
+def test_a_fault_after_the_start_is_recorded(lab: StartLab) -> None:
     """An unforeseen exception of a running VM is in exit.json, not a silent crash."""
 
     def run(_config: VmConfig, rundir: RunDir, report: Report) -> int:
@@ -518,7 +210,7 @@ def test_a_fault_after_the_start_is_recorded(lab: Lab) -> None:
 # with the console
 
 
-def test_start_c_of_a_vm_that_ends_at_once(lab: Lab) -> None:
+def test_start_c_of_a_vm_that_ends_at_once(lab: StartLab) -> None:
     """The console comes too late, which is an end like any other: the VM's own status."""
 
     def run(config: VmConfig, rundir: RunDir, report: Report) -> int:
@@ -549,7 +241,7 @@ def test_owners() -> None:
             resolve(words)
 
 
-def test_an_owner_that_is_not_there_stops_the_start(lab: Lab) -> None:
+def test_an_owner_that_is_not_there_stops_the_start(lab: StartLab) -> None:
     """Found out before anything is built."""
     lab.vm_is(runs)
     lab.yaml.write_text(YAML + "owner: nobody-of-that-name\n")
@@ -560,7 +252,7 @@ def test_an_owner_that_is_not_there_stops_the_start(lab: Lab) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a VM away")
-def test_an_owner_gets_the_vm(lab: Lab) -> None:
+def test_an_owner_gets_the_vm(lab: StartLab) -> None:
     """Root's VM with an owner: directory and sockets are the owner's."""
 
     def run(config: VmConfig, rundir: RunDir, report: Report) -> int:
@@ -576,7 +268,9 @@ def test_an_owner_gets_the_vm(lab: Lab) -> None:
     assert (status.st_uid, status.st_gid) == (65534, 65534)
 
 
-def test_a_vm_cannot_be_given_away_by_its_user(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vm_cannot_be_given_away_by_its_user(
+    lab: StartLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The host refuses: the start fails with what to know, and the VM does not run on."""
     from vmm.rundir import RunDir as Real
 
