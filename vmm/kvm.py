@@ -30,12 +30,7 @@ _HINTS: Final = {
     errno.ENOMEM: "free some memory or give the VM less",
     errno.EBUSY: "another hypervisor on this host holds the CPU's virtualisation",
 }
-_OPEN_HINTS: Final = {
-    errno.ENOENT: "load kvm_intel or kvm_amd and enable virtualisation in the host's firmware",
-    errno.ENODEV: "load kvm_intel or kvm_amd and enable virtualisation in the host's firmware",
-    errno.EACCES: "usermod -aG kvm USER, then log in again",
-    errno.EPERM: "usermod -aG kvm USER, then log in again",
-}
+_NO_DEVICE: Final = "load kvm_intel or kvm_amd and enable virtualisation in the host's firmware"
 
 # What this monitor cannot do without.
 REQUIRED: Final = (
@@ -68,9 +63,12 @@ class System:
         try:
             self.fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
         except OSError as err:
-            raise HostError(
-                f"cannot open {device}: {err.strerror}", hint=_OPEN_HINTS.get(err.errno or 0, "")
-            ) from err
+            hint = _NO_DEVICE
+            if err.errno in {errno.EACCES, errno.EPERM}:
+                from vmm.checks import join_group  # only asked for in trouble
+
+                hint = join_group(device)
+            raise HostError(f"cannot open {device}: {err.strerror}", hint=hint) from err
         try:
             self._check()
         except BaseException:
