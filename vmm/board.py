@@ -20,8 +20,8 @@ from vmm.uart import Uart
 
 if TYPE_CHECKING:
     from config.model import VmConfig
+    from devices.loop import Loop
     from vmm.kvm import Vm
-    from vmm.loop import Loop
     from vmm.machine import Owner
 
 I8042_PORTS: Final = 0x60  # to 0x64; of those between, 0x61 never leaves the kernel

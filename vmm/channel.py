@@ -15,15 +15,15 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from devices.loop import READ
 from devices.viodev import ChannelError, ImsgType, MsgType, ViodevMsg
 from vmm import log
-from vmm.loop import READ
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from devices.loop import Loop
     from devices.viodev import Channel, Imsg
-    from vmm.loop import Loop
 
 SYNC_DEADLINE: Final = 5.0  # seconds a register access may take; a slow disk does not delay one
 ASYNC_DEADLINE: Final = 0.2  # seconds the loop waits for the rest of a message

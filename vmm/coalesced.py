@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from devices.loop import Timer
     from vmm.kvm import Vm
-    from vmm.loop import Timer
 
 _HEAD: Final = 8  # u32 first, u32 last
 _ENTRY: Final = Struct("<QIIB7x")  # address, length, 1 for ports, first data byte

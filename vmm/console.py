@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
-    from vmm.loop import Loop
+    from devices.loop import Loop
     from vmm.sockets import Peer
 
 VIEWERS: Final = 16

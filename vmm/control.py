@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Mapping
 
-    from vmm.loop import Loop
+    from devices.loop import Loop
     from vmm.qmpsession import Later
     from vmm.sockets import Peer
 

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from config.errors import HostError
 from devices import viodev
+from devices.loop import READ
 from devices.viodev import Channel, ChannelError, ImsgType, MsgType
 from vmm import log
 from vmm.channel import ASYNC_DEADLINE, SYNC_DEADLINE, DeviceChannel, describe
-from vmm.loop import READ
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from vmm.loop import Loop
+    from devices.loop import Loop
 
 LAUNCH_DEADLINE: Final = 10.0  # seconds from LAUNCH to READY
 LEAVE_DEADLINE: Final = 2.0  # seconds between SHUTDOWN and SIGKILL

@@ -21,8 +21,8 @@ from vmm.vcpu import Exits, Gate, VcpuThread, catch_kick
 if TYPE_CHECKING:
     from config.errors import KvmError
     from config.model import VmConfig
+    from devices.loop import Loop
     from vmm.boot import BootImages
-    from vmm.loop import Loop
 
 ACPI_TABLES = 0xE0000  # between the option ROMs and the end of the first MiB
 
@@ -72,7 +72,7 @@ class Machine:
         self.router = Router(self.vm, self._system.capability(Cap.IRQ_ROUTING))
         self.board = Board(config, self.vm, loop, owner)
         self._coalesced = CoalescedPort(COM1, self.board.uart.write_many, loop.timer)
-        self.board.uart.on_fifo = self._coalesced.switch
+        self.board.uart.on_batching = self._coalesced.switch
         self._exits = Exits(
             self.board.pio,
             self.board.mmio,
@@ -107,6 +107,7 @@ class Machine:
         ring = self._vcpus[0].vcpu.ring
         if ring is not None:
             self._coalesced.attach(self.vm, ring)
+            self._coalesced.switch(self.board.uart.batching)
         for thread in self._vcpus:
             thread.start()
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from config.model import VmConfig
+    from devices.loop import Loop
     from vmm.launch import DeviceProcess, Spawner
-    from vmm.loop import Loop
     from vmm.machine import Machine
 
 

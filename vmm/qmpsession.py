@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
-    from vmm.loop import Loop
+    from devices.loop import Loop
 
 BATCH: Final = 8  # commands per round of the loop
 OUTPUT_PAUSE: Final = 64 * 1024  # unread bytes at which the next command waits

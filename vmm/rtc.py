@@ -21,7 +21,7 @@ from vmm.cmostime import B_24H, REG_B
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vmm.loop import Timer
+    from devices.loop import Timer
 
 HZ: Final = 32768
 SECOND_BITS: Final = 15  # HZ == 1 << SECOND_BITS

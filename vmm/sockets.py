@@ -16,13 +16,13 @@ import struct
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from devices.loop import READ, WRITE
 from vmm import log, safefile
-from vmm.loop import READ, WRITE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from vmm.loop import Loop
+    from devices.loop import Loop
 
 BACKLOG: Final = 64  # connections that wait in the kernel
 ACCEPTS: Final = 8  # connections let in per round of the loop

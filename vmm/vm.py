@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from config.errors import EXIT_DONE, EXIT_FAILED, HostError, PyvmError
 from config.units import format_size
+from devices.loop import Loop
 from vmm import boot, control, log
 from vmm.console import Console
 from vmm.control import Control
-from vmm.loop import Loop
 from vmm.machine import Machine
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from devices.loop import Loop
 from tests.unit.test_control import FakeVm
 from tests.unit.turning import LoopThread
 from vmm import safefile, sockets
 from vmm.control import CAUSE_QUIT, COMMANDS, Control
-from vmm.loop import Loop
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,8 +12,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from config.model import BootConfig, DebugConfig, VmConfig
+from devices.loop import Loop
 from vmm.boot import open_images
-from vmm.loop import Loop
 from vmm.machine import Machine
 
 if TYPE_CHECKING:

@@ -16,12 +16,12 @@ import pytest
 
 from config.errors import ConfigError, HostError, KvmError
 from config.model import BootConfig, VmConfig
+from devices.loop import Loop
 from tests.guestvm import TREE, GuestVm, pyvmctl
 from tests.kvm.lab import GUESTS
 from vmm import checks, kvm, kvmabi
 from vmm.boot import open_images
 from vmm.kvmabi import Cap
-from vmm.loop import Loop
 from vmm.machine import Machine
 
 pytestmark = pytest.mark.kvm

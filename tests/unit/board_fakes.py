@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vmm.loop import Timer
+from devices.loop import Timer
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,10 +10,10 @@ import os
 import signal
 from typing import TYPE_CHECKING, Any, Final
 
+from devices.loop import READ, Loop
 from vmm import cli, log
 from vmm.console import Console
 from vmm.control import Control
-from vmm.loop import READ, Loop
 from vmm.rundir import RunDir
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from devices.loop import Loop
 from tests.unit.turning import at_end, take, turn, until
 from vmm import console, safefile, sockets
 from vmm.console import Console
-from vmm.loop import Loop
 
 if TYPE_CHECKING:
     from pathlib import Path

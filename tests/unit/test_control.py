@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from config.errors import HostError
+from devices.loop import Loop
 from tests.unit.turning import at_end, take, turn, until
 from vmm import control, qmp, qmpsession, safefile, sockets
 from vmm.control import COMMANDS, Command, Control
-from vmm.loop import Loop
 from vmm.qmpsession import Later
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 
-from vmm.loop import READ, Loop
+from devices.loop import READ, Loop
 
 
 def test_calls_from_other_threads() -> None:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from config.errors import HostError, NoSuchVmError
+from devices.loop import Loop
 from tests.unit.test_control import FakeVm
 from tests.unit.turning import DEADLINE, LoopThread
 from vmm import qmp, qmpclient, safefile, sockets
 from vmm.control import Control
-from vmm.loop import Loop
 from vmm.qmpclient import CommandError, GoneError, QmpClient
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
-    from vmm.loop import Loop
+    from devices.loop import Loop
 
 DEADLINE: Final = 10.0  # seconds until a test gives up
 

@@ -1,4 +1,4 @@
-"""The VM process's event loop: descriptors, timers and calls from other threads.
+"""An event loop: descriptors, timers and calls from other threads.
 
 One epoll, owned by the main thread. vCPU threads reach it through `call` only; a timer may be
 armed from any thread, since that is one system call on its timerfd.
