@@ -30,7 +30,12 @@ _NEARLY_NOTHING: Final = "__future__ cython_runtime encodings"
 ALLOWED: Final = frozenset(
     f"{_COMMAND_LINE} {_VM_YAML} {_VM_PROCESS} {_NEARLY_NOTHING}".split(),
 )
-OURS: Final = ("config", "vmm", "devices.spec", "devices.viodev", "devices.guestmem", "devices")
+OURS: Final = (
+    "config",
+    "vmm",
+    "devices",
+    *(f"devices.{name}" for name in ("spec", "viodev", "guestmem", "loop", "jail")),
+)
 # Where the late imports are that every detached start reaches.
 START: Final = """
 import sys
