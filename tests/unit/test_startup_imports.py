@@ -14,6 +14,9 @@ from typing import Final
 
 import pytest
 
+from tests.unit.test_import_direction import ALLOWED as DIRECTION
+from tests.unit.test_import_direction import within
+
 TOP: Final = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 # Top-level names of what is not ours.
@@ -29,12 +32,6 @@ _VM_PROCESS: Final = """
 _NEARLY_NOTHING: Final = "__future__ cython_runtime encodings"
 ALLOWED: Final = frozenset(
     f"{_COMMAND_LINE} {_VM_YAML} {_VM_PROCESS} {_NEARLY_NOTHING}".split(),
-)
-OURS: Final = (
-    "config",
-    "vmm",
-    "devices",
-    *(f"devices.{name}" for name in ("spec", "viodev", "guestmem", "loop", "jail")),
 )
 # Where the late imports are that every detached start reaches.
 START: Final = """
@@ -63,17 +60,15 @@ def imported(script: str, *arguments: str) -> list[str]:
 
 
 def strangers(names: list[str]) -> list[str]:
-    """The modules that have no place in the start path."""
-    found = []
-    for name in names:
-        top = name.partition(".")[0]
-        ours = any(
-            name == mine or name.startswith(mine + ".") for mine in OURS if mine != "devices"
-        )
-        private = top.startswith("_")  # the C half of a module that is judged itself
-        if not (ours or name == "devices" or top in ALLOWED or private):
-            found.append(name)
-    return found
+    """The modules that have no place in the start path; of ours, the VM process's own rule."""
+    return [
+        name
+        for name in names
+        if not within(name, DIRECTION["vmm"])
+        and name != "devices"
+        and name.partition(".")[0] not in ALLOWED
+        and not name.startswith("_")  # the C half of a module that is judged itself
+    ]
 
 
 def test_start_imports_only_what_it_may() -> None:
