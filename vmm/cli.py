@@ -46,7 +46,7 @@ ALIASES: Final = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run pyvmctl with `arguments`, by default the process's own. Returns the exit status."""
-    _open_standard_fds()
+    _open_standard_streams()
     try:
         return run(list(sys.argv[1:] if arguments is None else arguments))
     except BrokenPipeError:  # of standard output: PyvmError stands for every other pipe
@@ -100,17 +100,15 @@ def load(name: str) -> Verb:
     return verb
 
 
-def _open_standard_fds() -> None:
-    """Make sure that descriptors 0 to 2 are taken.
+def _open_standard_streams() -> None:
+    """Make sure that descriptors 0 to 2 are taken, and that sys has a stream for each.
 
     Started with one of them closed, the first socket we open would become somebody's standard
-    output.
+    output. Opened in order, each gets its own number.
     """
-    while True:
-        fd = os.open(os.devnull, os.O_RDWR)
-        if fd > 2:
-            os.close(fd)
-            return
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  for as long as we live
 
 
 def _silence() -> None:

@@ -98,7 +98,13 @@ def start(config: VmConfig) -> Started:
     sys.stderr.flush()
     # Until both processes stand where a signal ends them in good order, signals wait.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _DEADLY)
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError as err:  # too many processes, too little memory
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        os.close(reader)
+        os.close(writer)
+        raise HostError(f"cannot start a process: {err.strerror}", vm=config.name) from err
     if not pid:
         _be_vm_process(config, writer, mask)
     handlers = _leave_on_signals()

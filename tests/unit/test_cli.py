@@ -217,16 +217,21 @@ def test_a_full_disk_under_the_output_is_an_error() -> None:
     assert done.stderr == "pyvmctl: cannot write the output: No space left on device\n"
 
 
-def test_closed_standard_descriptors_are_filled(tmp_path: Path) -> None:
-    """Started with 0 to 2 closed, no file or socket of ours lands on those numbers."""
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_descriptors_are_filled(closed: str, tmp_path: Path) -> None:
+    """Started with some of 0 to 2 closed, no file or socket of ours lands on those numbers."""
+    out = tmp_path / "out"
     script = (
         "import os, sys\n"
-        "os.closerange(0, 3)\n"
         "from vmm import cli\n"
-        "cli._open_standard_fds()\n"
-        f"fd = os.open({str(tmp_path / 'out')!r}, os.O_WRONLY | os.O_CREAT)\n"
-        "os.write(fd, str(fd).encode())\n"
+        "status = cli.main(['version'])\n"
+        "cli.main(['no-such-verb'])\n"
+        f"fd = os.open({str(out)!r}, os.O_WRONLY | os.O_CREAT)\n"
+        "os.write(fd, f'{status} {fd}'.encode())\n"
     )
-    subprocess.run([sys.executable, "-c", script], cwd=TOP, timeout=60, check=True)
+    shell = f'exec {sys.executable} -c "$0" {closed}'
+    subprocess.run(["sh", "-c", shell, script], cwd=TOP, timeout=60, check=True)
 
-    assert int((tmp_path / "out").read_text()) > 2
+    status, fd = map(int, out.read_text().split())
+    assert status == 0
+    assert fd > 2

@@ -137,6 +137,19 @@ def test_a_dead_vm_process_is_noticed_though_its_child_holds_the_pipe(lab: Start
     assert survey.wait_end("web", DEADLINE)
 
 
+def test_no_process_to_be_had(lab: StartLab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host refuses to fork: an ordinary error, and ^C works as before."""
+
+    def refuse() -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", refuse)
+
+    assert lab.start() == 1
+    assert lab.err == "pyvmctl: web: cannot start a process: Resource temporarily unavailable\n"
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+
+
 def test_a_runtime_directory_that_cannot_be_made(
     lab: StartLab, monkeypatch: pytest.MonkeyPatch
 ) -> None:

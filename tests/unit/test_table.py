@@ -55,8 +55,10 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
     """A name from another user's file cannot move the cursor or start an escape sequence."""
     row = ("1", "9", "1", "1.0G", "1.0M", "console", "root", "running", "a\x1b[2Jb\nc\u202ed")
 
-    assert table(STATUS_COLUMNS, [row], PLAIN, {}).split("\n")[1].endswith(
-        " running a\\x1b[2Jb\\nc\\u202ed"
+    assert (
+        table(STATUS_COLUMNS, [row], PLAIN, {})
+        .split("\n")[1]
+        .endswith(" running a\\x1b[2Jb\\nc\\u202ed")
     )
 
 
