@@ -37,9 +37,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let --update-golden reach tests that look at the environment."""
+    """Let --update-golden reach tests that look at the environment; keep tmp_path off 9p."""
     if config.getoption("--update-golden"):
         os.environ["PYVMD_UPDATE_GOLDEN"] = "1"
+    if "PYVMD_KVMHOST" in os.environ:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/run")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
