@@ -1,0 +1,66 @@
+"""What a driver writes about one virtqueue before it enables it, and the queue it becomes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from config.errors import GuestError
+from devices.spec import QUEUE_SIZE_MAX
+from devices.virtqueue import QueueState, VirtQueue, open_queue
+
+if TYPE_CHECKING:
+    from devices.guestmem import GuestMemory
+
+
+class QueueRegisters:
+    """Size and addresses of one queue; `queue` is None until it is enabled."""
+
+    __slots__ = ("avail_gpa", "default_size", "desc_gpa", "inflight", "queue", "size", "used_gpa")
+
+    def __init__(self, default_size: int, inflight: memoryview | None = None) -> None:
+        """Make a queue that is not enabled; `inflight` is its in-flight area, if it has one."""
+        self.default_size, self.inflight = default_size, inflight
+        self.queue: VirtQueue | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Return to the values after a reset, and let go of the ring."""
+        if self.queue is not None:
+            self.queue.reset()
+            self.queue = None
+        self.size = self.default_size
+        self.desc_gpa = self.avail_gpa = self.used_gpa = 0
+
+    def open(self, memory: GuestMemory, features: int) -> VirtQueue:
+        """Enable the queue. Raises GuestError, not enabled, on a bad size or address."""
+        if self.size > QUEUE_SIZE_MAX:
+            raise GuestError(f"{self.size} entries are more than {QUEUE_SIZE_MAX}")
+        if not (self.desc_gpa and self.avail_gpa and self.used_gpa):
+            raise GuestError("an address is 0")
+        self.queue = queue = open_queue(
+            memory,
+            self.size,
+            self.desc_gpa,
+            self.avail_gpa,
+            self.used_gpa,
+            features=features,
+            inflight=self.inflight,
+        )
+        return queue
+
+    def save(self) -> dict[str, Any]:
+        """Return everything as plain JSON values."""
+        return {
+            "size": self.size,
+            "desc_gpa": self.desc_gpa,
+            "avail_gpa": self.avail_gpa,
+            "used_gpa": self.used_gpa,
+            "cursors": None if self.queue is None else list(self.queue.save()),
+        }
+
+    def load(self, state: dict[str, Any], memory: GuestMemory, features: int) -> None:
+        """Become what `save` described. Raises GuestError if that cannot be."""
+        self.size, self.desc_gpa = state["size"], state["desc_gpa"]
+        self.avail_gpa, self.used_gpa = state["avail_gpa"], state["used_gpa"]
+        if state["cursors"] is not None:
+            self.open(memory, features).load(QueueState(*state["cursors"]))
