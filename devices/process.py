@@ -1,0 +1,294 @@
+"""A device process: one device, its registers, and the loop that wakes them.
+
+Between fork and jail everything is opened and mapped (`Process`); after READY this file only
+waits for one of
+
+    sync      a register access from a vCPU        kick n    the driver has filled queue n
+    async     pause, settings, from the VM's loop  resample  the guest ended a level interrupt
+    whatever the device itself watches             timers
+
+An idle device has no timer armed and does not wake.
+
+**Turns.** A kick is an eventfd, level-triggered: a device that used up its budget has it written
+again and goes to the end of the line, so neither another queue nor a register access waits for
+more than one budget.
+
+**No kick is lost.** One that comes too early finds the queue not live and is dropped, but every
+queue is looked into once when it becomes live. Later ones are between driver and queue
+(`VirtQueue.enable_kicks`).
+
+**Errors.** GuestError from anywhere sets NEEDS_RESET. Either channel's end is the end of the VM:
+exit 0. Everything else ends the process with its reason as the last LOG message.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import mmap
+import os
+import socket
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from config.errors import GuestError, PyvmError
+from devices import words
+from devices.device import WARNING
+from devices.guestmem import GuestMemory, Region
+from devices.loop import READ, Loop
+from devices.viodev import CONFIG_CHANGE, Channel, ChannelError, ImsgType, MsgType, ViodevMsg
+from devices.virtio import Registers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from devices.device import Device, Timer
+
+WAIT: Final = 0.0  # no deadline: a VM process that is stopped by a debugger is not gone
+INFLIGHT_STRIDE: Final = 0x9000  # bytes per queue in the in-flight memfd: any queue fits
+
+
+class Order(NamedTuple):
+    """What this process is to be; from the VM process, which is trusted until the jail."""
+
+    kind: str  # a row of spec.SPECS
+    name: str  # "vioblk0"
+    settings: Mapping[str, Any]
+    regions: tuple[Region, ...]
+
+
+def main(order: Order, fds: dict[str, int], create: Callable[..., Device], jail: str) -> int:
+    """Be the device process, in a child that has no descriptors but `fds`; return exit status."""
+    sync = Channel(socket.socket(fileno=fds.pop("sync")), "VM process", WAIT)
+    async_ = Channel(socket.socket(fileno=fds.pop("async")), "VM process", WAIT)
+    try:
+        process = Process(order, fds, create, async_, sync)
+        for line in confine(order.kind, jail):
+            words.send(sync, WARNING, line)
+        # What was made until now lives as long as the process: never walk or unshare it.
+        gc.freeze()
+        sync.send_msg(ViodevMsg(MsgType.READY))
+        async_.send_msg(ViodevMsg(MsgType.READY))
+    except Exception as err:  # whatever it is, the VM process is told
+        words.last_words(sync, err)
+        return 1
+    return process.serve()
+
+
+def confine(kind: str, level: str) -> list[str]:
+    """Enter the jail of this kind of device; return what this host cannot do. Raises HostError."""
+    return []
+
+
+class Process:
+    """Holds the parts, and is what they see of the process: device.Host and transport.Door."""
+
+    def __init__(
+        self,
+        order: Order,
+        fds: dict[str, int],
+        create: Callable[..., Device],
+        async_: Channel,
+        sync: Channel,
+    ) -> None:
+        """Map guest memory and build the device. Raises PyvmError, OSError."""
+        self._sync, self._async = sync, async_
+        self._words = words.Words(async_)
+        self._loop, self._running, self._paused = Loop(), True, False
+        self._watched: dict[int, tuple[int, Callable[[int], None]]] = {}  # silent while paused
+        self._late: dict[Callable[[], None], None] = {}  # timers that fired while paused
+        self._kicks: list[int] = []
+        self._early: set[int] = set()  # scheduled before there were kicks
+        memory_fd = fds.pop("memory")
+        memory = GuestMemory(memory_fd, [Region(*region) for region in order.regions])
+        os.close(memory_fd)
+        self._device = device = create(order.settings, fds, memory, self)
+        count = len(device.queue_sizes)
+        self._registers = Registers(
+            device,
+            memory,
+            self,
+            packed=bool(order.settings.get("packed")),
+            inflight=_inflight_areas(fds.pop("inflight", -1), count),
+        )
+        self._transport = self._registers.transport
+        self._calls = {index: fds.pop(f"call{index}", -1) for index in range(count)}
+        self._calls[CONFIG_CHANGE] = fds.pop("callc", -1)
+        for index in range(count):
+            fd = fds.pop(f"kick{index}", -1)
+            self._kicks.append(fd if fd >= 0 else os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
+            self.watch(self._kicks[index], self._kicker(index))
+        for index in self._early:
+            self.schedule(index)
+        resample_fd = fds.pop("resample", -1)
+        if resample_fd >= 0:
+            self._resample_fd = resample_fd
+            self._loop.add(resample_fd, READ, self._resampled)
+        self._loop.add(sync.fileno(), READ, self._access)
+        self._loop.add(async_.fileno(), READ, self._request)
+
+    def serve(self) -> int:
+        """Serve until told to leave; return the exit status."""
+        while self._running:
+            try:
+                self._loop.run()
+            except GuestError as err:
+                self._transport.fail(err)
+            except ChannelError as err:
+                if isinstance(err.__cause__, (EOFError, ConnectionError)):
+                    return 0
+                words.last_words(self._async, err)
+                return 1
+            except Exception as err:
+                words.last_words(self._async, err)
+                return 1
+        return 0
+
+    # Queues.
+
+    def _kicker(self, index: int) -> Callable[[int], None]:
+        """Return what serves queue `index`: the hot path from wake-up to device."""
+        fd, live, kick = self._kicks[index], self._transport.live, self._device.kick
+        clear, again = os.eventfd_read, os.eventfd_write
+
+        def kicked(_events: int) -> None:
+            clear(fd)
+            queue = live[index]
+            if queue is None:
+                self._transport.early_kick(index)
+            elif kick(index, queue):
+                again(fd, 1)
+
+        return kicked
+
+    def schedule(self, index: int) -> None:
+        """Have queue `index` served soon, as if it had been kicked."""
+        if self._kicks:
+            os.eventfd_write(self._kicks[index], 1)
+        else:
+            self._early.add(index)
+
+    def call(self, index: int) -> None:
+        """Interrupt the driver for a queue."""
+        self._transport.isr |= 1
+        fd = self._calls[index]
+        if fd >= 0:
+            os.eventfd_write(fd, 1)
+        else:
+            self.interrupt(index)
+
+    def interrupt(self, source: int) -> None:
+        """Interrupt for a queue or CONFIG_CHANGE; the ISR bit is set already."""
+        fd = self._calls[source]
+        if fd >= 0:
+            os.eventfd_write(fd, 1)
+        else:
+            self._async.send_msg(ViodevMsg(MsgType.KICK, state=1, data=source, data_valid=1))
+
+    def config_changed(self) -> None:
+        """Tell the driver that the configuration space has changed."""
+        self._transport.config_changed()
+
+    def _resampled(self, _events: int) -> None:
+        """The guest ended a level interrupt: raise the next one if ISR still holds something."""
+        os.eventfd_read(self._resample_fd)
+        isr = self._transport.isr
+        if isr:
+            self.interrupt(0 if isr & 1 else CONFIG_CHANGE)
+
+    # Messages.
+
+    def _access(self, _events: int) -> None:
+        """Serve one register access."""
+        message = self._sync.receive_msg()
+        if message.type == MsgType.IO_READ:
+            value, state = self._registers.read(message.reg, message.io_sz)
+            self._sync.send_msg(message._replace(state=state, data=value, data_valid=1))
+        elif message.type == MsgType.IO_WRITE:
+            self._registers.write(message.reg, message.io_sz, message.data)
+        elif message.type == MsgType.SHUTDOWN:
+            self._running = False
+            self._loop.stop()
+        else:
+            raise ChannelError(f"VM process: sent message type {message.type} on sync")
+
+    def _request(self, _events: int) -> None:
+        """Serve one request of the VM's loop."""
+        imsg = self._async.receive()
+        if imsg.fd is not None:
+            os.close(imsg.fd)
+        if imsg.type == ImsgType.PAUSE:
+            self._pause()
+            self._async.send(ImsgType.PAUSE)
+        elif imsg.type == ImsgType.UNPAUSE:
+            self._unpause()
+            self._async.send(ImsgType.UNPAUSE)
+        elif imsg.type == ImsgType.SETTING:
+            self._async.send(ImsgType.SETTING, json.dumps(self._set(imsg.data)).encode())
+        else:
+            raise ChannelError(f"VM process: sent message type {imsg.type} on async")
+
+    def _set(self, data: bytes) -> dict[str, Any]:
+        """Answer {"name", "value"} with the value that holds now, or with {"error"}."""
+        try:
+            request = json.loads(data)
+            return {"value": self._device.setting(request["name"], request["value"])}
+        except GuestError:
+            raise
+        except (PyvmError, ValueError, KeyError, TypeError) as err:
+            return {"error": str(err)}
+
+    # Pausing. Only what could lead to guest memory stops; registers go on answering.
+
+    def _pause(self) -> None:
+        if not self._paused:
+            self._paused = True
+            for fd in self._watched:
+                self._loop.remove(fd)
+            self._device.pause()
+
+    def _unpause(self) -> None:
+        if not self._paused:
+            return
+        self._paused = False
+        for fd, (events, callback) in self._watched.items():
+            self._loop.add(fd, events, callback)
+        self._device.unpause()
+        for index in range(len(self._kicks)):
+            self.schedule(index)
+        while self._late:
+            self._late.popitem()[0]()
+
+    def watch(self, fd: int, callback: Callable[[int], None], events: int = READ) -> None:
+        """Call `callback(events)` while `fd` is ready; not while paused."""
+        self._watched[fd] = events, callback
+        if not self._paused:
+            self._loop.add(fd, events, callback)
+
+    def unwatch(self, fd: int) -> None:
+        """Stop watching `fd`; harmless if it is not watched."""
+        if self._watched.pop(fd, None) is not None:
+            self._loop.remove(fd)
+
+    def timer(self, callback: Callable[[], None]) -> Timer:
+        """Return an unarmed timer; what fires while paused is made up for afterwards."""
+
+        def fired() -> None:
+            if self._paused:
+                self._late[callback] = None
+            else:
+                callback()
+
+        return self._loop.timer(fired)
+
+    def log(self, level: int, text: str) -> None:
+        """Say something in the VM's log; see Words."""
+        self._words.say(level, text)
+
+
+def _inflight_areas(fd: int, count: int) -> list[memoryview | None]:
+    """Map the in-flight areas of `count` queues, if there are any. Raises OSError, ValueError."""
+    if fd < 0:
+        return [None] * count
+    whole = memoryview(mmap.mmap(fd, INFLIGHT_STRIDE * count))
+    os.close(fd)
+    return [whole[INFLIGHT_STRIDE * i : INFLIGHT_STRIDE * (i + 1)] for i in range(count)]
