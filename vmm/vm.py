@@ -86,7 +86,8 @@ class VirtualMachine:
     def start(self) -> None:
         """Load the guest and let it run. Raises ConfigError, HostError, KvmError."""
         for number in SIGNALS:
-            signal.signal(number, self._signalled)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+                signal.signal(number, self._signalled)
         self._machine.power_on()
         self._machine.resume()
         self._rundir.running(plain(self.config))
