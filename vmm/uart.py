@@ -81,8 +81,8 @@ class Uart:
         self._set_irq, self._transmit = set_irq, transmit
         #: Called when the guest has emptied the receiver after receive() had to refuse bytes.
         self.on_room: Callable[[], None] = lambda: None
-        #: Called with True when the guest switches the FIFOs on, with False when it leaves them.
-        self.on_fifo: Callable[[bool], None] = lambda enabled: None
+        #: Called with `batching` when it changes.
+        self.on_batching: Callable[[bool], None] = lambda batching: None
         self._lock = Lock()
         # Keeps bytes in order between the state change and `transmit`. Never taken by receive(),
         # so the console may hold its own lock while it calls either way.
@@ -98,6 +98,7 @@ class Uart:
         self._rx: deque[int] = deque()  # byte values, or _BREAK
         self._fifo = False
         self._trigger = TRIGGER[0]
+        self._byte_by_byte = False  # sends by interrupt, without FIFO
         self._errors = 0  # LSR_OE and LSR_BI until LSR is read
         self._thre_pending = False
         self._lines = CONNECTED
@@ -106,12 +107,12 @@ class Uart:
     def reset(self) -> None:
         """Return to the power-on state; bytes not yet read by the guest are lost."""
         with self._lock:
-            had_fifo = self._fifo
+            was_batching = self.batching
             self._power_on()
             self._update()
             room = self._take_room()
-        if had_fifo:
-            self.on_fifo(False)
+        if not was_batching:
+            self.on_batching(True)
         if room:
             self.on_room()
 
@@ -122,6 +123,15 @@ class Uart:
         """How many bytes receive() takes now; 0 while the guest has the port in loopback."""
         with self._lock:
             return self._room()
+
+    @property
+    def batching(self) -> bool:
+        """Whether writes to THR may reach write_many() late: nobody waits for each one's interrupt.
+
+        So it is unless the guest enables the THRE interrupt without FIFO, and again once it
+        switches the FIFO on or is reset. A guest that polls reads LSR, which brings them here.
+        """
+        return not self._byte_by_byte
 
     def receive(self, data: bytes) -> int:
         """Hand `data` to the guest; returns how many leading bytes there was room for."""
@@ -159,13 +169,13 @@ class Uart:
             self.write_many(bytes((value & 0xFF,)))
             return
         with self._lock:
-            had_fifo = self._fifo
+            was_batching = self.batching
             self._write(offset, value & 0xFF)
             self._update()
             room = self._take_room()
-            fifo = self._fifo
-        if fifo != had_fifo:
-            self.on_fifo(fifo)
+            batching = self.batching
+        if batching != was_batching:
+            self.on_batching(batching)
         if room:
             self.on_room()
 
@@ -225,6 +235,7 @@ class Uart:
             # THR is empty, so enabling its interrupt raises it at once.
             if value & IER_THRI and not self._ier & IER_THRI:
                 self._thre_pending = True
+                self._byte_by_byte = not self._fifo
             self._ier = value & 0x0F
         elif offset == IIR:
             self._write_fcr(value)
@@ -241,6 +252,7 @@ class Uart:
         if fifo != self._fifo or (fifo and value & FCR_CLEAR_RX):
             self._rx.clear()
         self._fifo = fifo
+        self._byte_by_byte = not fifo and (self._byte_by_byte or bool(self._ier & IER_THRI))
         self._trigger = TRIGGER[value >> 6] if fifo else TRIGGER[0]
 
     def _write_mcr(self, value: int) -> None:

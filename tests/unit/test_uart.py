@@ -19,10 +19,10 @@ class Port:
     def __init__(self) -> None:
         self.line = Line()
         self.sent = bytearray()
-        self.fifo: list[bool] = []
+        self.batching: list[bool] = []
         self.rooms = 0
         self.uart = Uart(self.line, self.sent.extend)
-        self.uart.on_fifo = self.fifo.append
+        self.uart.on_batching = self.batching.append
         self.uart.on_room = self._room
 
     def _room(self) -> None:
@@ -261,19 +261,42 @@ def test_transmit_may_call_receive(port: Port) -> None:
     assert uart.read(u.DATA, 1) == 0x55
 
 
-def test_fifo_switch_is_reported_and_clears_the_receiver(port: Port) -> None:
-    """on_fifo tells each change of FCR bit 0 and nothing else; a change empties the FIFOs."""
+def test_switching_the_fifo_clears_the_receiver(port: Port) -> None:
+    """A change of FCR bit 0 empties the FIFO; writing it again does not."""
     port.uart.receive(b"x")
     fifo_on(port)
     assert not port.read(u.LSR) & u.LSR_DR
-    fifo_on(port, 2)
     port.uart.receive(b"y")
+    fifo_on(port, 2)
+    assert port.read(u.LSR) & u.LSR_DR
     port.write(u.IIR, 0)
     assert not port.read(u.LSR) & u.LSR_DR
-    fifo_on(port)
-    port.uart.reset()
 
-    assert port.fifo == [True, False, True, False]
+
+def test_writes_are_batched_unless_each_one_is_waited_for(port: Port) -> None:
+    """A guest that polls or has the FIFO on may send in runs; one that waits for an interrupt
+    after every byte may not, however often it switches that interrupt on and off.
+    """
+    assert port.uart.batching
+    port.write(u.IER, u.IER_RDI | u.IER_RLSI)
+    assert port.batching == []
+
+    port.write(u.IER, u.IER_THRI)
+    port.write(u.IER, 0)
+    port.write(u.IER, u.IER_THRI)
+    assert port.batching == [False]
+    fifo_on(port)
+    port.write(u.IER, 0)
+    port.write(u.IER, u.IER_THRI)
+    assert port.batching == [False, True]
+
+    port.write(u.IIR, 0)  # the interrupt is still on
+    assert port.batching == [False, True, False]
+    port.uart.reset()
+    assert port.batching == [False, True, False, True]
+    port.uart.reset()
+    assert port.batching == [False, True, False, True]
+    assert port.uart.batching
 
 
 def test_clearing_the_receive_fifo(port: Port) -> None:
