@@ -2,8 +2,9 @@
 
 Pm claims twelve ports at BASE: PM1a status (0) and enable (2), PM1a control (4), PM timer (8).
 SCI_EN is always set and there is no SMI command: the machine starts in ACPI mode (ACPI 6.3
-§4.8.2.5). Sleep type 5 is soft-off; it is the only sleep state. There is no global lock owner
-and no RTC wake, so GBL_STS and RTC_STS never set.
+§4.8.2.5). Sleep type 5 is soft-off; it is the only sleep state. Nobody else wants the global lock
+and the RTC wakes nobody, so GBL_STS and RTC_STS never set; their enable bits can be set all the
+same, since drivers check that they stick.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vmm.loop import Timer
+    from devices.loop import Timer
 
 BASE: Final = 0x600
 LENGTH: Final = 12
@@ -26,7 +27,8 @@ PM_TMR: Final = BASE + 8  # 4 bytes, of which 24 bits count
 TMR: Final = 1 << 0  # status and enable bits
 GBL: Final = 1 << 5
 PWRBTN: Final = 1 << 8
-_ENABLE_BITS: Final = TMR | GBL | PWRBTN
+RTC: Final = 1 << 10
+_ENABLE_BITS: Final = TMR | GBL | PWRBTN | RTC
 
 SCI_EN: Final = 1 << 0
 BM_RLD: Final = 1 << 1
