@@ -67,9 +67,10 @@ def _settle(sock_fd: int) -> None:
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    _close_all_but({2, sock_fd})
+    _close_all_but({sock_fd})
+    # Also of standard error: whoever waits for pyvmctl's to be closed must not wait for us.
     null = os.open("/dev/null", os.O_RDWR)
-    for fd in range(2):
+    for fd in range(3):
         os.dup2(null, fd)
     if null > 2:
         os.close(null)

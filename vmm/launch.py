@@ -164,13 +164,9 @@ class Spawner:
         process.release()
 
     def close(self, loop: Loop) -> None:
-        """Ask every device process to leave, end those that do not, end the spawner."""
-        processes = list(self._processes.values())
-        for process in processes:
-            process.channel.shut_down()
-            process.channel.close()
+        """End what has not left since its channels were closed, and the spawner itself."""
         deadline = time.monotonic() + LEAVE_DEADLINE
-        for process in processes:
+        for process in self._processes.values():
             if not process.wait(deadline):
                 log.warning(f"did not leave in {LEAVE_DEADLINE:g} s, killed", process.name)
                 process.kill()

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from config.errors import HostError
 from devices.spec import SPECS
 from devices.viodev import ChannelError, ImsgType
-from vmm import images, log
+from vmm import log
 from vmm.channel import DeviceChannel
 from vmm.interrupts import CONFIG
 from vmm.launch import Order
@@ -26,6 +25,7 @@ from vmm.virtio_pci import VirtioFunction
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from contextlib import ExitStack
 
     from config.model import VmConfig
     from devices.loop import Loop
@@ -47,6 +47,8 @@ def rows(config: VmConfig, opened: ExitStack) -> Iterator[Row]:
     """Yield what vm.yaml asks for, files opened with our rights. Raises ConfigError, HostError."""
     yield Row("viornd", "viornd", config.rng._asdict(), 1, {})
     for index, disk in enumerate(config.disks):
+        from vmm import images
+
         image = images.open_disk(disk, f"vioblk{index}")
         opened.callback(os.close, image)
         yield Row("vioblk", f"vioblk{index}", disk._asdict(), disk.queues, {"image": image})
@@ -105,7 +107,8 @@ class Device:
         return Order(self.row.kind, self.name, settings, regions, fds)
 
     def close(self) -> None:
-        """Free what the VM process holds of it; its process is gone."""
+        """Ask its process to leave, and free what the VM process holds of the device."""
+        self.channel.shut_down()
         self.channel.close()
         self.function.interrupts.close()
         for kick in self._kicks:
@@ -121,21 +124,22 @@ class Devices:
         machine: Machine,
         loop: Loop,
         spawner: Spawner,
+        *,
         died: Callable[[str, str], None],
+        parts: ExitStack,
     ) -> None:
         """Launch every device of vm.yaml and wait until all are ready.
 
-        `died(name, how)` is called on the loop's thread when one has ended unasked. Raises
-        ConfigError, HostError; close() is due all the same.
+        `died(name, how)` is called on the loop's thread when one has ended unasked; `parts`
+        closes what was made, also after a failure here. Raises ConfigError, HostError.
         """
-        self._loop, self._spawner, self._died = loop, spawner, died
+        self._died = died
         self._devices: dict[str, Device] = {}
-        self._opened = ExitStack()
         spawner.on_death = self._ended
-        for row in rows(config, self._opened):
-            self._devices[row.name] = Device(
-                row, config, machine, loop, partial(self._failed, row.name)
-            )
+        for row in rows(config, parts):
+            device = Device(row, config, machine, loop, partial(self._failed, row.name))
+            parts.callback(device.close)
+            self._devices[row.name] = device
         waits = [
             (device, spawner.launch(device.order(config, machine), device.channel))
             for device in self._devices.values()
@@ -180,13 +184,6 @@ class Devices:
             what = answer.get("error") if isinstance(answer, dict) else None
             raise HostError(str(what or "answered nonsense"), device=name)
         return answer["value"]
-
-    def close(self) -> None:
-        """End every device process and free what belongs to them."""
-        self._spawner.close(self._loop)
-        for device in self._devices.values():
-            device.close()
-        self._opened.close()
 
     def _tell(self, what: ImsgType) -> None:
         for device in self._devices.values():

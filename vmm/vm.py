@@ -21,7 +21,9 @@ from devices.loop import Loop
 from vmm import boot, control, log
 from vmm.console import Console
 from vmm.control import Control
+from vmm.launch import Spawner
 from vmm.machine import Machine
+from vmm.plug import Devices
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,10 +71,16 @@ class VirtualMachine:
         self._resets = self._quick_boots = 0
         self._loop = loop = Loop()
         parts.callback(loop.close)
+        # Before KVM is opened and before there is a second thread.
+        spawner = Spawner(
+            config.name, config.jail or ("required" if os.geteuid() == 0 else "best-effort")
+        )
+        parts.callback(spawner.close, loop)
         images = parts.enter_context(boot.open_images(config.boot))
         self._wishes = GuestWishes(self, loop)
         self._machine = machine = Machine(config, images, loop, self._wishes)
         parts.callback(machine.close)
+        self._devices = Devices(config, machine, loop, spawner, died=self._device_lost, parts=parts)
         uart = machine.board.uart
         permitted = rundir.permitted
         self._console = Console(
@@ -131,6 +139,7 @@ class VirtualMachine:
             "cpu_seconds": round(time.process_time(), 3),
             "resets": self._resets,
             "exits": self._machine.exits(),
+            "devices": self._devices.facts(),
             "console_viewers": self._console.viewers,
             "console_bytes_out": self._console.bytes_out,
             "console_bytes_in": self._console.bytes_in,
@@ -140,6 +149,7 @@ class VirtualMachine:
         """Park every vCPU; no error if they are."""
         if self._state == "running":
             self._machine.pause()
+            self._devices.pause()
             self._state = "paused"
             log.info("paused")
             self._control.emit("STOP")
@@ -147,6 +157,7 @@ class VirtualMachine:
     def resume(self) -> None:
         """Let the vCPUs go on; no error if they do."""
         if self._state == "paused":
+            self._devices.unpause()
             self._machine.resume()
             self._state = "running"
             log.info("goes on")
@@ -175,6 +186,10 @@ class VirtualMachine:
     def quit(self, cause: str) -> None:
         """End the VM without asking the guest."""
         self.end(Ending(cause, "a client's command", EXIT_DONE))
+
+    def set_device(self, device: str, setting: str, value: Any) -> Any:
+        """Change something about a device at run time, in the device's own words."""
+        return self._devices.set(device, setting, value)
 
     # Decisions; on the loop's thread.
 
@@ -218,6 +233,9 @@ class VirtualMachine:
         if self._state != "paused":
             self._machine.resume()
 
+    def _device_lost(self, name: str, how: str) -> None:
+        self._control.emit("X_PYVMD_DEVICE_LOST", {"device": name, "reason": how})
+
     def _need_running(self) -> None:
         if self._state != "running":
             raise HostError(f"is {self._state}, not running", vm=self.name)
@@ -226,6 +244,11 @@ class VirtualMachine:
         reason = f"signal {signal.Signals(number).name}"
         ending = Ending(control.CAUSE_SIGNAL, reason, EXIT_DONE)
         self._loop.call(partial(self.end, ending))
+
+
+def default_jail() -> str:
+    """Return the level of a VM that does not choose: root could do much harm, so it must hold."""
+    return "required" if os.geteuid() == 0 else "best-effort"
 
 
 def plain(value: Any) -> Any:
