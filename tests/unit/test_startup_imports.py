@@ -29,9 +29,13 @@ _VM_PROCESS: Final = """
     ctypes errno fcntl grp json mmap pwd select selectors signal socket array struct threading
     contextlib bisect
 """
+# What carries our messages, 10 ms: multiprocessing.connection, and all that it imports.
+_MESSAGES: Final = """
+    multiprocessing atexit bz2 fnmatch lzma pickle random shutil subprocess tempfile weakref zlib
+"""
 _NEARLY_NOTHING: Final = "__future__ cython_runtime encodings"
 ALLOWED: Final = frozenset(
-    f"{_COMMAND_LINE} {_VM_YAML} {_VM_PROCESS} {_NEARLY_NOTHING}".split(),
+    f"{_COMMAND_LINE} {_VM_YAML} {_VM_PROCESS} {_MESSAGES} {_NEARLY_NOTHING}".split(),
 )
 # Where the late imports are that every detached start reaches.
 START: Final = """
