@@ -38,6 +38,7 @@ class DeviceChannel:
         """Make a device's channel; `failed(why)` is called once, on the loop's thread."""
         self.name = name
         self._loop, self._failed = loop, failed
+        self.messages = 0  # in either direction: what the VM process has to do for this device
         self._lock = threading.Lock()  # the sync channel: one access at a time
         self._sync: Channel | None = None
         self._async: Channel | None = None
@@ -60,6 +61,7 @@ class DeviceChannel:
         """Read a device register: (value, interrupt state). All-ones from a dead device."""
         with self._lock:
             if self._sync is not None:
+                self.messages += 2
                 try:
                     self._sync.send_msg(ViodevMsg(MsgType.IO_READ, reg, size))
                     reply = self._sync.receive_msg()
@@ -74,6 +76,7 @@ class DeviceChannel:
         """Write a device register. Not answered; a later read sees its effect."""
         with self._lock:
             if self._sync is not None:
+                self.messages += 1
                 try:
                     self._sync.send_msg(
                         ViodevMsg(MsgType.IO_WRITE, reg, size, data=value, data_valid=1)
@@ -150,6 +153,7 @@ class DeviceChannel:
 
     def _take(self, imsg: Imsg) -> None:
         """Act on one message of a process that may say anything."""
+        self.messages += 1
         if imsg.fd is not None:
             os.close(imsg.fd)
             raise ChannelError(f"{self.name}: sent a descriptor nobody asked for")

@@ -157,6 +157,7 @@ class Devices:
                 "pid": device.process.pid if device.process and not device.lost else 0,
                 "state": "lost" if device.lost else "running",
                 "reason": device.lost,
+                "messages": device.channel.messages,
             }
             for device in self._devices.values()
         ]
