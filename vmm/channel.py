@@ -161,14 +161,16 @@ class DeviceChannel:
             self._log(imsg.data)
         elif imsg.type == self._awaited:
             self._answer = imsg.data
-        elif imsg.type == ImsgType.DEVOP_MSG:
-            message = self._async.decode(imsg) if self._async else None
-            if message is not None and message.type == MsgType.KICK:
-                self.on_kick(message.data)
-            elif message is not None and message.type == MsgType.ERROR:
-                raise ChannelError(f"{self.name}: gave up with error {message.data}")
+        elif self._async is not None:
+            self._obey(self._async.decode(imsg))
+
+    def _obey(self, message: ViodevMsg) -> None:
+        if message.type == MsgType.KICK:
+            self.on_kick(message.data)
+        elif message.type == MsgType.ERROR:
+            raise ChannelError(f"{self.name}: gave up with error {message.data}")
         else:
-            raise ChannelError(f"{self.name}: sent message type {imsg.type} unasked")
+            raise ChannelError(f"{self.name}: sent a viodev_msg of type {message.type} unasked")
 
     def _log(self, data: bytes) -> None:
         level = LEVELS[min(data[0], len(LEVELS) - 1)] if data else log.debug

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import stat
 import subprocess
 import tempfile
@@ -161,20 +160,6 @@ def test_name_is_taken(start_vm: Callable[[dict[str, Any]], GuestVm]) -> None:
     assert vm.status()["state"] == "running"
 
 
-def test_killed(start_vm: Callable[[dict[str, Any]], GuestVm]) -> None:
-    """After kill -9 of the VM process, status says so, and the next start works."""
-    config = {"name": "vm", "memory": "16M", "boot": {"kernel": HELLO}}
-    vm = start_vm(config)
-    vm.console.expect("hello>")
-    os.kill(vm.pid, signal.SIGKILL)
-    assert vm.wait() == 1
-    assert vm.status()["state"] == "crashed"
-    assert not {"pid", "control.sock", "console.sock"} & set(os.listdir(vm.directory))
-    again = start_vm(config)
-    again.console.expect("hello>")
-    assert again.pid != vm.pid
-
-
 def test_internal_error(runtime_dir: str, tmp_path: Path) -> None:
     """A guest that KVM cannot run ends its VM; the log names the place."""
     code = bytearray(Path(GUESTS, "storm.bin").read_bytes())
@@ -185,23 +170,6 @@ def test_internal_error(runtime_dir: str, tmp_path: Path) -> None:
     status, log = run_to_the_end({"boot": {"kernel": str(kernel)}}, runtime_dir)
     assert status == 1
     assert "32-bit code at 0x0008:0xf8000000" in log
-
-
-def test_reset_storm(runtime_dir: str) -> None:
-    """A guest that does nothing but reset is stopped at the third quick reset."""
-    status, log = run_to_the_end({"boot": {"kernel": f"{GUESTS}/storm.bin"}}, runtime_dir)
-    assert status == 1
-    assert log.count("resets: i8042") == 2
-    assert "3 resets, each within 6 s of the boot before" in log
-
-
-def test_guest_exit_status(runtime_dir: str) -> None:
-    """The guest's own exit status is what `pyvmctl wait` returns."""
-    debug = {"console": True, "exit": True}
-    boot = {"kernel": f"{GUESTS}/ports.bin"}
-    status, log = run_to_the_end({"boot": boot, "debug": debug}, runtime_dir)
-    assert status == 0x21
-    assert "string output works" in log
 
 
 def test_disk_full_under_the_log(start_vm: Callable[[dict[str, Any]], GuestVm]) -> None:
