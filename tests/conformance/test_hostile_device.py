@@ -40,7 +40,6 @@ class Peer:
 
     def answer(self, reply: Callable[[ViodevMsg], bytes]) -> threading.Thread:
         """Answer register reads on a thread of the device's own, until the channel is closed."""
-
         ours = Channel(self.sync.dup(), "vm", 5.0)
 
         def serve() -> None:
@@ -164,7 +163,7 @@ def test_ten_descriptors(devices: tuple[Loop, Peer, Peer]) -> None:
 def test_flood(devices: tuple[Loop, Peer, Peer]) -> None:
     """A device that interrupts as fast as it can takes turns with everybody else."""
     loop, evil, good = devices
-    kicks = []
+    kicks: list[int] = []
     evil.channel.on_kick = kicks.append
     evil.async_.setblocking(False)
     flood = frame(ImsgType.DEVOP_MSG, ViodevMsg(MsgType.KICK, state=1, data=7).pack())
@@ -175,7 +174,7 @@ def test_flood(devices: tuple[Loop, Peer, Peer]) -> None:
             sent += 1
         except BlockingIOError:
             break
-    rounds = []
+    rounds: list[int] = []
     good.channel.on_kick = lambda queue: (rounds.append(len(kicks)), loop.stop())  # type: ignore[assignment, func-returns-value]
     good.async_.sendall(flood)
     loop.run()
