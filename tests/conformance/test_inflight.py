@@ -6,35 +6,23 @@ one, however the kill fell. Work may be done twice, a completion may not.
 
 from __future__ import annotations
 
-import mmap
-import os
-import select
-import signal
 from typing import TYPE_CHECKING
 
 import pytest
 
 from config.errors import GuestError, HostError
-from devices.features import F_EVENT_IDX, F_IN_ORDER, F_INDIRECT_DESC, F_RING_PACKED
-from devices.guestmem import Region
+from devices.features import F_IN_ORDER, F_INDIRECT_DESC, F_RING_PACKED
 from devices.inflight import Inflight, inflight_bytes
-from devices.virtqueue import Chain, VirtQueue, open_queue
-from tests.driver import (
-    NoRoomError,
-    make_memfd,
-    make_memory,
-    open_driver,
-)
+from devices.virtqueue import Chain, VirtQueue
+from tests.conformance.process_lab import Lab, script, work
+from tests.driver import NoRoomError
 from tests.rng import seeded
-from tests.stores import Killed, Watch, WatchedMemory
+from tests.stores import Killed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from random import Random
 
-BASE = 0x1000
-RAM = 1 << 20
-SIZES = {0: 16, F_RING_PACKED: 11}  # just room for what the script needs
 FEATURES = [
     pytest.param(0, id="split"),
     pytest.param(F_INDIRECT_DESC, id="split-indirect"),
@@ -43,100 +31,6 @@ FEATURES = [
     pytest.param(F_RING_PACKED | F_INDIRECT_DESC, id="packed-indirect"),
     pytest.param(F_RING_PACKED | F_IN_ORDER, id="packed-in-order"),
 ]
-
-
-class Lab:
-    """One guest with one queue, and device processes that come and go."""
-
-    def __init__(self, features: int) -> None:
-        self.fd = make_memfd(RAM)
-        self.watch = Watch()
-        self.packed = bool(features & F_RING_PACKED)
-        self.size = SIZES[features & F_RING_PACKED]
-        self.memory = WatchedMemory(self.fd, [Region(0, RAM, 0)], self.watch)
-        self.driver = open_driver(make_plain(self.fd), self.size, BASE, features)
-        self.area = memoryview(bytearray(inflight_bytes(self.size, packed=self.packed)))
-        self.done: dict[int, int] = {}  # token → times the driver saw it complete
-        self.offered: list[int] = []
-
-    def close(self) -> None:
-        os.close(self.fd)
-
-    def offer(self, *lengths: int) -> None:
-        """Offer requests of `lengths` bytes, in that many readable descriptors, to be answered."""
-        for length in lengths:
-            token = self.driver.add([bytes([length])] * length, [length])
-            self.offered.append(token)
-
-    def start(self, kill_at: int | None = None) -> VirtQueue:
-        """Start a device process; it will be killed before its store number `kill_at`."""
-        self.watch.log.clear()
-        self.watch.kill_at = kill_at
-        driver = self.driver
-        return open_queue(
-            self.memory,
-            self.size,
-            driver.desc_gpa,
-            driver.avail_gpa,
-            driver.used_gpa,
-            features=driver.features,
-            inflight=self.watch.view("area", self.area),
-        )
-
-    def collect(self) -> None:
-        """Let the driver take what is used, and check it."""
-        for used in self.driver.collect():
-            length = used.request.writable_bytes
-            assert used.written == length
-            assert self.driver.data(used.request) == bytes([length]) * length
-            self.done[used.token] = self.done.get(used.token, 0) + 1
-
-    def finish(self, queue: VirtQueue) -> None:
-        """Let a device that lives do all that is left; then check the books."""
-        for chain in queue.resubmit():
-            queue.push(chain.head, work(chain))
-        while (popped := queue.pop()) is not None:
-            queue.push(popped.head, work(popped))
-        assert queue.should_call()  # the call may have died with the predecessor
-        self.collect()
-        assert self.done == dict.fromkeys(self.offered, 1)
-        assert queue.nr_in_flight == 0
-        assert self.driver.outstanding == 0
-        area = Inflight(self.area, self.size, packed=self.packed)
-        assert area.taken() == []
-        assert area.unsettled()[0] == []
-
-
-def make_plain(fd: int) -> WatchedMemory:
-    """Return the driver's own mapping; nobody watches it."""
-    memory = WatchedMemory(fd, [Region(0, RAM, 0)], Watch())
-    memory.view = super(WatchedMemory, memory).view  # type: ignore[method-assign]
-    return memory
-
-
-def work(chain: Chain) -> int:
-    """Answer a request: its first byte, repeated over the writable part."""
-    fill = chain.readable[0][0]
-    for view in chain.writable:
-        view[:] = bytes([fill]) * len(view)
-    return chain.writable_bytes
-
-
-def script(queue: VirtQueue) -> None:
-    """Do everything a device does with chains: single, batched, out of order, undone."""
-    one, two, three = queue.pop_batch(3)
-    queue.push(two.head, work(two))
-    four = queue.pop()
-    assert four is not None
-    queue.unpop(four.head)
-    four = queue.pop()
-    assert four is not None
-    queue.push_batch([(chain.head, work(chain)) for chain in (four, one)])
-    five = queue.pop()
-    assert five is not None
-    queue.fill(five.head, work(five))
-    queue.fill(three.head, work(three))
-    queue.flush()
 
 
 @pytest.fixture
@@ -267,8 +161,11 @@ def test_resubmit_is_in_the_order_of_popping(lab: Callable[[], Lab]) -> None:
     again = one.start()
     assert [chain.head for chain in again.resubmit()] == expected
     assert again.resubmit() == []
-    once_more = one.start()  # it did nothing, and was killed
-    assert [chain.head for chain in once_more.resubmit()] == expected
+    one.offer(1)
+    youngest = again.pop()
+    assert youngest is not None
+    once_more = one.start()
+    assert [chain.head for chain in once_more.resubmit()] == [*expected, youngest.head]
     one.finish(one.start())
 
 
@@ -371,89 +268,3 @@ def test_a_guest_that_moves_the_used_index_breaks_only_itself() -> None:
     with pytest.raises(GuestError, match="used index is 21845"):
         one.start()
     one.close()
-
-
-# The real thing.
-
-
-class Load:
-    """A driver that keeps a device process busy, and counts what comes back."""
-
-    def __init__(self, features: int) -> None:
-        self.driver = open_driver(make_memory(RAM), 32, BASE, features)
-        self.area = memoryview(mmap.mmap(-1, inflight_bytes(32, packed=True)))
-        self.kick, self.call = os.eventfd(0), os.eventfd(0, os.EFD_NONBLOCK)
-        self.calls = select.poll()
-        self.calls.register(self.call, select.POLLIN)
-        self.done: dict[int, int] = {}  # token → times it came back
-        self.offered: set[int] = set()
-
-    def run(self, nr_wanted: int) -> None:
-        """Offer and collect until `nr_wanted` more are done; more are then with the device."""
-        goal = len(self.done) + nr_wanted
-        while len(self.done) < goal:
-            self._turn()
-
-    def drain(self) -> None:
-        """Collect until the device has nothing left."""
-        while self.driver.outstanding:
-            self._turn(offering=False)
-
-    def close(self) -> None:
-        os.close(self.kick)
-        os.close(self.call)
-
-    def _turn(self, *, offering: bool = True) -> None:
-        driver = self.driver
-        while offering:
-            try:
-                self.offered.add(driver.add([b"x"], [1 + len(self.offered) % 3]))
-            except NoRoomError:
-                offering = False
-        if driver.kick_needed():
-            os.eventfd_write(self.kick, 1)
-        driver.disable_calls()
-        if not driver.enable_calls():
-            assert self.calls.poll(20_000), "the device went silent"
-            os.eventfd_read(self.call)
-        for used in driver.collect():
-            assert used.written == used.request.writable_bytes
-            assert driver.data(used.request) == b"x" * used.written
-            self.done[used.token] = self.done.get(used.token, 0) + 1
-
-
-@pytest.mark.parametrize("features", [0, F_RING_PACKED | F_INDIRECT_DESC | F_EVENT_IDX])
-def test_a_process_killed_over_and_over(features: int) -> None:
-    """SIGKILL at arbitrary moments, twelve times, under load: each request completes once."""
-    rng = seeded(1)
-    load = Load(features)
-    for life in range(12):
-        device = os.fork()
-        if device == 0:
-            _serve(load, life)
-        try:
-            load.run(rng.randint(1, 400))
-            if life == 11:
-                load.drain()
-        finally:
-            os.kill(device, signal.SIGKILL)
-            os.waitpid(device, 0)
-    assert load.done == dict.fromkeys(load.offered, 1)
-    load.close()
-
-
-def _serve(load: Load, life: int) -> None:
-    """Be a device that completes out of order, until killed."""
-    rng = seeded(life)
-    queue = load.driver.open_device(load.area)
-    flying = queue.resubmit()
-    while True:
-        flying += queue.pop_batch(8)
-        rng.shuffle(flying)
-        keep = rng.randrange(3) if queue.has_work() else 0
-        batch, flying = flying[keep:], flying[:keep]
-        queue.push_batch([(chain.head, work(chain)) for chain in batch])
-        if queue.should_call():
-            os.eventfd_write(load.call, 1)
-        if not flying and not queue.enable_kicks():
-            os.eventfd_read(load.kick)

@@ -135,9 +135,12 @@ def test_6_3_notify_on_empty_overrides_suppression() -> None:
         driver.set_used_event(100)
         for _ in range(3):
             driver.add([b"x"], indirect=False)
-        one, two = queue.pop_batch(2)
+        one = queue.pop()
+        assert one is not None
         queue.push(one.head, 0)
-        assert not queue.should_call()
+        assert not queue.should_call()  # two more are available
+        two = queue.pop()
+        assert two is not None
         three = queue.pop()
         assert three is not None
         queue.push(two.head, 0)

@@ -179,6 +179,19 @@ def test_rewind_undoes_several_pops_or_none(layout: int) -> None:
     assert queue.rewind(0)
 
 
+def test_undoing_unstages_too(layout: int) -> None:
+    """A chain that was staged and then rewound is not given back, and can be staged again."""
+    driver, queue = start(layout)
+    tokens = offer(driver, b"a")
+    queue.fill(pop(queue).head, 1)
+    assert queue.rewind(1)
+    queue.flush()
+    assert driver.collect() == []
+    queue.fill(pop(queue).head, 1)
+    queue.flush()
+    assert [used.token for used in driver.collect()] == tokens
+
+
 def test_undoing_works_across_the_end_of_the_ring(layout: int) -> None:
     """Cursors go back over the wrap as they came."""
     driver, queue = start(layout, size=4)
