@@ -68,6 +68,9 @@ class VmOperations(Protocol):
     def send_break(self) -> Later | None:
         """Send a BREAK on the serial line."""
 
+    def set_device(self, device: str, setting: str, value: Any) -> Any:
+        """Change something about a virtio device at run time; the device says what and how."""
+
     def quit(self, cause: str) -> Later | None:
         """End the VM without asking the guest; the end itself comes after this returns."""
 
@@ -100,6 +103,14 @@ COMMANDS: Final[dict[str, Command]] = {
     "system_reset": Command(lambda vm, _: vm.reset(CAUSE_HOST_RESET)),
     "system_powerdown": Command(lambda vm, _: vm.power_button()),
     "quit": Command(lambda vm, _: vm.quit(CAUSE_QUIT)),
+    "block_resize": Command(
+        lambda vm, args: vm.set_device(args["device"], "resize", args["size"]),
+        {"device": (str, True), "size": (int, True)},
+    ),
+    "x-pyvmd-set-device": Command(
+        lambda vm, args: vm.set_device(args["device"], args["setting"], args["value"]),
+        {"device": (str, True), "setting": (str, True), "value": (object, True)},
+    ),
     "x-pyvmd-info": Command(lambda vm, _: dict(vm.info())),
     "x-pyvmd-send-break": Command(lambda vm, _: vm.send_break()),
     "x-pyvmd-ctrl-alt-del": Command(lambda vm, _: vm.ctrl_alt_del()),
@@ -114,7 +125,8 @@ def _check(arguments: dict[str, Any], allowed: Mapping[str, tuple[type, bool]]) 
         if key not in allowed:
             raise qmp.QmpError(f"parameter '{qmp.clip(key)}' is unexpected")
         wanted = allowed[key][0]
-        if type(value) is not wanted:  # not isinstance: True is no integer here
+        # Not isinstance: True is no integer here. `object` leaves it to the command.
+        if wanted is not object and type(value) is not wanted:
             raise qmp.QmpError(f"parameter '{key}' must be {_TYPE_WORDS[wanted]}")
     for key, (_, needed) in allowed.items():
         if needed and key not in arguments:

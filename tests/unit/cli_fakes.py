@@ -63,6 +63,9 @@ class FakeOperations:
     def send_break(self) -> None:
         self._note("break")
 
+    def set_device(self, device: str, setting: str, value: Any) -> Any:
+        self._note(f"{device}: {setting} = {value!r}")
+
     def quit(self, cause: str) -> None:
         self._note(f"quit {cause}")
         if not self._answers.get("stubborn"):

@@ -61,6 +61,9 @@ class FakeVm:
     def send_break(self) -> Later | None:
         return self._note("break")
 
+    def set_device(self, device: str, setting: str, value: Any) -> Any:
+        return self._note(f"{device}: {setting} = {value!r}")
+
     def quit(self, cause: str) -> Later | None:
         return self._note(f"quit {cause}")
 
@@ -493,3 +496,17 @@ def test_running_out_of_descriptors_pauses_accepting(
     assert served.loop._epoll.poll(0) == []
     monkeypatch.setattr(listener, "_sock", real)
     assert "QMP" in client.next()
+
+
+def test_device_settings_reach_the_vm(served: Served) -> None:
+    """A setting goes to the device it names, its value untouched whatever JSON type it has."""
+    call = served.client().call
+    settings = {"device": "vioblk0", "setting": "rate"}
+    value = [1, {"a": None}]
+    answer = call("x-pyvmd-set-device", arguments={**settings, "value": value})
+    assert answer == {"return": {}}
+    answer = call("block_resize", arguments={"device": "vioblk0", "size": 1 << 40})
+    assert answer == {"return": {}}
+    assert served.vm.asked == [f"vioblk0: rate = {value}", f"vioblk0: resize = {1 << 40}"]
+    assert "error" in call("block_resize", arguments={"device": "vioblk0", "size": True})
+    assert "error" in call("x-pyvmd-set-device", arguments=settings)
