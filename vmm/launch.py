@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from devices.loop import Loop
+    from devices.viodev import Imsg
 
 LAUNCH_DEADLINE: Final = 10.0  # seconds from LAUNCH to READY
 LEAVE_DEADLINE: Final = 2.0  # seconds between SHUTDOWN and SIGKILL
@@ -106,14 +107,16 @@ class Spawner:
             self._channel.send(ImsgType.LAUNCH, json.dumps(request).encode())
             for name, fd in fds.items():
                 self._channel.send(ImsgType.FD, name.encode(), fd=fd)
-            reply = self._channel.receive()
+            while (reply := self._channel.receive()).type == ImsgType.EXITED:
+                self._exited(reply)  # another one, meanwhile
         except ChannelError as err:
             raise HostError(f"cannot launch {order.name}: {err.what}", vm=self._vm) from err
         finally:
             sync_theirs.close()
             async_theirs.close()
         if reply.type != ImsgType.LAUNCHED or reply.fd is None:
-            raise HostError(f"the spawner could not launch {order.name}", vm=self._vm)
+            why = reply.data[1:].decode("utf-8", "replace") or "no reason given"
+            raise HostError(f"the spawner could not launch {order.name}: {why}", vm=self._vm)
         process = DeviceProcess(order.name, reply.peerid, reply.fd, channel)
         self._processes[process.pid] = process
         return partial(self._await_ready, process, sync, async_)
@@ -152,10 +155,13 @@ class Spawner:
             return
         if imsg.fd is not None:
             os.close(imsg.fd)
-        if imsg.type == ImsgType.EXITED and len(imsg.data) == 4:
-            found = self._processes.get(imsg.peerid)
-            if found is not None:
-                self._over(found, describe(int.from_bytes(imsg.data, "little")))
+        if imsg.type == ImsgType.EXITED:
+            self._exited(imsg)
+
+    def _exited(self, imsg: Imsg) -> None:
+        found = self._processes.get(imsg.peerid)
+        if found is not None and len(imsg.data) == 4:
+            self._over(found, describe(int.from_bytes(imsg.data, "little")))
 
     def _over(self, process: DeviceProcess, how: str) -> None:
         del self._processes[process.pid]
