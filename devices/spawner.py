@@ -82,17 +82,17 @@ class Spawner:
     def __init__(self, channel: Channel, vm: str, jail: str) -> None:
         self._channel, self._vm, self._jail = channel, vm, jail
         self._kinds: dict[str, Callable[..., Device]] = {}
+        self._broken: dict[str, str] = {}  # kind → why it could not be imported
         self._children: dict[int, int] = {}  # pidfd → pid
         self._poll = select.poll()
         self._poll.register(channel.fileno(), select.POLLIN)
 
     def load(self, kind: str) -> None:
-        """Import the module of a kind of device; without one, that kind cannot be launched."""
+        """Import the module of a kind of device; if that fails, no such device can be launched."""
         try:
             self._kinds[kind] = __import__(f"devices.{kind}", fromlist=["create"]).create
-        except ModuleNotFoundError as err:
-            if err.name != f"devices.{kind}":
-                raise
+        except ImportError as err:
+            self._broken[kind] = str(err)
 
     def run(self) -> None:
         """Serve until the VM process hangs up or talks nonsense."""
@@ -150,7 +150,8 @@ class Spawner:
     def _launch(self, request: dict[str, Any], fds: dict[str, int]) -> None:
         create = self._kinds.get(request["kind"])
         if create is None:
-            raise HostError(f"there is no device of kind {request['kind']!r}")
+            why = self._broken.get(request["kind"], "unknown")
+            raise HostError(f"no device of kind {request['kind']!r}: {why}")
         regions = tuple(Region(*region) for region in request["regions"])
         order = Order(request["kind"], request["name"], request["settings"], regions)
         pid = os.fork()
