@@ -35,6 +35,7 @@ from devices import words
 from devices.device import WARNING
 from devices.guestmem import GuestMemory, Region
 from devices.loop import READ, Loop
+from devices.transport import ISR_QUEUE
 from devices.viodev import CONFIG_CHANGE, Channel, ChannelError, ImsgType, MsgType, ViodevMsg
 from devices.virtio import Registers
 
@@ -97,7 +98,6 @@ class Process:
         self._watched: dict[int, tuple[int, Callable[[int], None]]] = {}  # silent while paused
         self._late: dict[Callable[[], None], None] = {}  # timers that fired while paused
         self._kicks: list[int] = []
-        self._early: set[int] = set()  # scheduled before there were kicks
         memory_fd = fds.pop("memory")
         memory = GuestMemory(memory_fd, [Region(*region) for region in order.regions])
         os.close(memory_fd)
@@ -117,8 +117,6 @@ class Process:
             fd = fds.pop(f"kick{index}", -1)
             self._kicks.append(fd if fd >= 0 else os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
             self.watch(self._kicks[index], self._kicker(index))
-        for index in self._early:
-            self.schedule(index)
         resample_fd = fds.pop("resample", -1)
         if resample_fd >= 0:
             self._resample_fd = resample_fd
@@ -162,19 +160,12 @@ class Process:
 
     def schedule(self, index: int) -> None:
         """Have queue `index` served soon, as if it had been kicked."""
-        if self._kicks:
-            os.eventfd_write(self._kicks[index], 1)
-        else:
-            self._early.add(index)
+        os.eventfd_write(self._kicks[index], 1)
 
     def call(self, index: int) -> None:
         """Interrupt the driver for a queue."""
-        self._transport.isr |= 1
-        fd = self._calls[index]
-        if fd >= 0:
-            os.eventfd_write(fd, 1)
-        else:
-            self.interrupt(index)
+        self._transport.isr |= ISR_QUEUE
+        self.interrupt(index)
 
     def interrupt(self, source: int) -> None:
         """Interrupt for a queue or CONFIG_CHANGE; the ISR bit is set already."""
@@ -193,7 +184,7 @@ class Process:
         os.eventfd_read(self._resample_fd)
         isr = self._transport.isr
         if isr:
-            self.interrupt(0 if isr & 1 else CONFIG_CHANGE)
+            self.interrupt(0 if isr & ISR_QUEUE else CONFIG_CHANGE)
 
     # Messages.
 
@@ -234,7 +225,7 @@ class Process:
             return {"value": self._device.setting(request["name"], request["value"])}
         except GuestError:
             raise
-        except (PyvmError, ValueError, KeyError, TypeError) as err:
+        except (PyvmError, ValueError, KeyError, TypeError, RecursionError) as err:
             return {"error": str(err)}
 
     # Pausing. Only what could lead to guest memory stops; registers go on answering.

@@ -75,6 +75,7 @@ class Viornd(Device):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ConfigError(f"rate: {value!r} is not a number of bytes per second, 0 or more")
         self._set_rate(value)
+        self.host.schedule(0)  # who waited for the old rate need not
         return value
 
     def _fill(self, views: Sequence[memoryview], size: int) -> int:
@@ -94,7 +95,6 @@ class Viornd(Device):
         self._limit = min(MAX_REQUEST, rate) if rate else MAX_REQUEST
         self._bucket = TokenBucket(rate, rate) if rate else None
         self._timer.disarm()
-        self.host.schedule(0)
 
     def _must_wait(self) -> bool:
         """Tell whether the rate is used up; then a timer has been set for when it is not."""
