@@ -8,7 +8,8 @@
         [used] = queue.collect()
 
 `read` and `write` are register accesses as the VM process makes them, in the units of
-`devices.spec.Block`. It is a `tests.driver.Transport`; what it knows of a guest is only memory.
+`devices.spec.Block`; the rest of a driver's way to DRIVER_OK is in `tests.virtiodriver`. It is a
+`tests.driver.Transport`; what it knows of a guest is only memory.
 Options: `irqfd=False` gives the device no call eventfds, so that it sends KICK messages;
 `kicks=False` no kick eventfds, so that kicks are register writes.
 """
@@ -19,12 +20,11 @@ import json
 import os
 import select
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from devices.features import F_VERSION_1
 from devices.guestmem import GuestMemory, Region
-from devices.spec import SPECS, Block, Legacy
+from devices.spec import SPECS, Block
 from devices.viodev import (
     CONFIG_CHANGE,
     Channel,
@@ -34,23 +34,20 @@ from devices.viodev import (
     MsgType,
     ViodevMsg,
 )
-from devices.virtio import CommonCfg
-from tests.driver import PackedDriver, SplitDriver, make_memfd, open_driver
+from tests.driver import make_memfd
+from tests.virtiodriver import VirtioDriver
 from vmm.launch import Order, Spawner
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from types import TracebackType
 
     from vmm.launch import DeviceProcess
 
-RING_BASE: Final = 0x10000  # where start() puts the first queue
 DEADLINE: Final = 10.0  # seconds; what does not come by then never will
 
-ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, FAILED = 1, 2, 4, 8, 0x40, 0x80
 
-
-class DeviceHost:
+class DeviceHost(VirtioDriver):
     """Plays the VM process for one device process. Not for several threads."""
 
     def __init__(
@@ -88,9 +85,9 @@ class DeviceHost:
         if inflight is not None:
             given["inflight"] = inflight
         order = Order(kind, f"{kind}0", settings or {}, regions, given)
-        #: LOG messages, "level text", and KICK sources that have arrived on the async channel.
+        #: LOG messages, "level text", and KICK messages that have arrived on the async channel.
         self.said: list[str] = []
-        self.kicked: list[int] = []
+        self.kicked: list[ViodevMsg] = []
         self._channels = _Channels()
         self._process: DeviceProcess | None = None
         try:
@@ -114,11 +111,12 @@ class DeviceHost:
 
     def close(self) -> None:
         """Ask the process to leave, and end what of it, and of our own spawner, is left."""
+        if self._process is not None:
+            self._channels.shut_down()
+            self._channels.close()
         if self._own_spawner:
             self.spawner.close(_NoLoop())  # type: ignore[arg-type]
         elif self._process is not None:
-            self._channels.shut_down()
-            self._channels.close()
             self.wait_end()
         for fd in self.events.values():
             os.close(fd)
@@ -140,112 +138,6 @@ class DeviceHost:
     def write(self, reg: int, size: int, value: int) -> None:
         """Write a device register; nothing answers."""
         self.sync.send_msg(ViodevMsg(MsgType.IO_WRITE, reg, size, data=value, data_valid=1))
-
-    @property
-    def status(self) -> int:
-        """device_status."""
-        return self.read(CommonCfg.DEVICE_STATUS, 1)
-
-    @status.setter
-    def status(self, value: int) -> None:
-        self.write(CommonCfg.DEVICE_STATUS, 1, value)
-
-    def isr(self, *, peek: bool = False) -> int:
-        """Read ISR, which clears it; or only look."""
-        return self.read(Block.ISR_PEEK if peek else Block.ISR, 1)
-
-    # A driver's way to DRIVER_OK.
-
-    def offered(self) -> int:
-        """Read the features that the device offers, 128 bits of them."""
-        features = 0
-        for window in range(4):
-            self.write(CommonCfg.DEVICE_FEATURE_SELECT, 4, window)
-            features |= self.read(CommonCfg.DEVICE_FEATURE, 4) << 32 * window
-        return features
-
-    def accept(self, features: int) -> None:
-        """Write driver features, all 128 bits."""
-        for window in range(4):
-            self.write(CommonCfg.DRIVER_FEATURE_SELECT, 4, window)
-            self.write(CommonCfg.DRIVER_FEATURE, 4, features >> 32 * window & 0xFFFF_FFFF)
-
-    def negotiate(self, features: int) -> bool:
-        """Reset, accept `features` as they are, and set FEATURES_OK; False if it is refused."""
-        self.status = 0
-        self.status = ACKNOWLEDGE
-        self.status = ACKNOWLEDGE | DRIVER
-        self.accept(features)
-        self.status = ACKNOWLEDGE | DRIVER | FEATURES_OK
-        return bool(self.status & FEATURES_OK)
-
-    def place(self, index: int, queue: SplitDriver | PackedDriver) -> None:
-        """Write the registers of a queue, but do not enable it."""
-        self.write(CommonCfg.QUEUE_SELECT, 2, index)
-        self.write(CommonCfg.QUEUE_SIZE, 2, queue.size)
-        for reg, gpa in (
-            (CommonCfg.QUEUE_DESC, queue.desc_gpa),
-            (CommonCfg.QUEUE_DRIVER, queue.avail_gpa),
-            (CommonCfg.QUEUE_DEVICE, queue.used_gpa),
-        ):
-            self.write(reg, 4, gpa & 0xFFFF_FFFF)
-            self.write(reg + 4, 4, gpa >> 32)
-
-    def enable(self, index: int, queue: SplitDriver | PackedDriver) -> bool:
-        """Place and enable a queue; False if the device refused it."""
-        self.place(index, queue)
-        self.write(CommonCfg.QUEUE_ENABLE, 2, 1)
-        return self.read(CommonCfg.QUEUE_ENABLE, 2) == 1
-
-    def start(
-        self, features: int = 0, *, size: int = 0, arena_bytes: int = 1 << 19
-    ) -> list[SplitDriver | PackedDriver]:
-        """Drive the device to DRIVER_OK with VERSION_1 and `features`; return its queues.
-
-        Each queue has `size` entries (0: what the device says), its ring and buffers one after
-        another from RING_BASE on.
-        """
-        features |= F_VERSION_1
-        assert self.negotiate(features), f"{features:#x} refused, offered {self.offered():#x}"
-        queues = self.drivers(features, size=size, arena_bytes=arena_bytes)
-        for index, queue in enumerate(queues):
-            assert self.enable(index, queue), f"queue {index} refused"
-        self.status = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
-        assert self.status == ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
-        return queues
-
-    def start_legacy(
-        self, features: int = 0, *, arena_bytes: int = 1 << 19
-    ) -> list[SplitDriver | PackedDriver]:
-        """The same through the legacy registers."""
-        for status in (0, ACKNOWLEDGE, ACKNOWLEDGE | DRIVER):
-            self.write(Block.LEGACY + Legacy.DEVICE_STATUS, 1, status)
-        self.write(Block.LEGACY + 4, 4, features)
-        queues = self.drivers(features, align=4096, arena_bytes=arena_bytes)
-        for index, queue in enumerate(queues):
-            self.write(Block.LEGACY + Legacy.QUEUE_SELECT, 2, index)
-            self.write(Block.LEGACY + 8, 4, queue.desc_gpa // 4096)
-            assert self.read(Block.LEGACY + 8, 4) == queue.desc_gpa // 4096
-        self.write(Block.LEGACY + Legacy.DEVICE_STATUS, 1, ACKNOWLEDGE | DRIVER | DRIVER_OK)
-        return queues
-
-    def drivers(
-        self, features: int, *, size: int = 0, align: int = 64, arena_bytes: int = 1 << 19
-    ) -> list[SplitDriver | PackedDriver]:
-        """Make the driver's side of every queue in guest memory; no register is written."""
-        queues: list[SplitDriver | PackedDriver] = []
-        base = RING_BASE
-        for index in range(self.nr_queues):
-            self.write(CommonCfg.QUEUE_SELECT, 2, index)
-            entries = size or self.read(CommonCfg.QUEUE_SIZE, 2)
-            queues.append(
-                open_driver(
-                    self.memory, entries, base, features, align=align, arena_bytes=arena_bytes
-                )
-            )
-            room = 64 * entries + 3 * 4096 + arena_bytes
-            base += -(-room // 4096) * 4096
-        return queues
 
     # tests.driver.Transport.
 
@@ -269,42 +161,29 @@ class DeviceHost:
         os.eventfd_read(fd)
         return True
 
-    def read_config(self, offset: int, size: int) -> int:
-        """Read 1, 2, 4 or 8 bytes of configuration space."""
-        if size == 8:
-            return self.read_config(offset, 4) | self.read_config(offset + 4, 4) << 32
-        return self.read(Block.DEVICE + offset, size)
-
-    def write_config(self, offset: int, size: int, value: int) -> None:
-        """Write 1, 2 or 4 bytes of it."""
-        self.write(Block.DEVICE + offset, size, value)
-
     # The async channel.
 
     def ask(self, kind: ImsgType, request: Any = None) -> Any:
         """Send PAUSE, UNPAUSE or SETTING and return the answer, None if it is empty."""
         self.async_.send(kind, b"" if request is None else json.dumps(request).encode())
-        while (imsg := self._receive(DEADLINE)).type != kind:
+        while (imsg := self.async_.receive()).type != kind:
             self._take(imsg)
         return json.loads(imsg.data) if imsg.data else None
 
-    def listen(self, timeout: float = 0.0) -> None:
-        """Take what has arrived on the async channel: into `said` and `kicked`."""
-        while _readable(self.async_, timeout):
-            self._take(self.async_.receive())
-            timeout = 0.0
+    def listen(self, timeout: float = 0.0) -> bool:
+        """Take one message off the async channel, into `said` or `kicked`; False if none came."""
+        if not _readable(self.async_, timeout):
+            return False
+        self._take(self.async_.receive())
+        return True
 
     def wait_said(self, words: str) -> str:
         """Wait for a LOG message that holds `words`, and return it."""
         deadline = time.monotonic() + DEADLINE
-        while True:
-            self.listen()
-            for line in self.said:
-                if words in line:
-                    return line
-            left = deadline - time.monotonic()
-            if not _readable(self.async_, max(left, 0)):
+        while not (found := [line for line in self.said if words in line]):
+            if not self.listen(max(deadline - time.monotonic(), 0)):
                 raise TimeoutError(f"{words!r} was not said, but: {self.said}")
+        return found[0]
 
     @property
     def process(self) -> DeviceProcess:
@@ -323,13 +202,11 @@ class DeviceHost:
 
     def _wait_kick(self, source: int, timeout: float) -> bool:
         deadline = time.monotonic() + timeout
-        while True:
-            self.listen()
-            if source in self.kicked:
-                self.kicked.remove(source)
-                return True
-            if not _readable(self.async_, max(deadline - time.monotonic(), 0)):
+        while source not in (message.data for message in self.kicked):
+            if not self.listen(max(deadline - time.monotonic(), 0)):
                 return False
+        self.kicked = [message for message in self.kicked if message.data != source]
+        return True
 
     def _take(self, imsg: Imsg) -> None:
         if imsg.type == ImsgType.LOG:
@@ -337,12 +214,7 @@ class DeviceHost:
         else:
             message = self.async_.decode(imsg)
             if message.type == MsgType.KICK:
-                self.kicked.append(message.data)
-
-    def _receive(self, timeout: float) -> Imsg:
-        if not _readable(self.async_, timeout):
-            raise TimeoutError("nothing on the async channel")
-        return self.async_.receive()
+                self.kicked.append(message)
 
 
 def _readable(channel: Channel, timeout: float) -> bool:
@@ -377,3 +249,13 @@ class _NoLoop:
 
     def remove(self, fd: int) -> None:
         """Nothing is watched."""
+
+
+@contextmanager
+def shared_spawner(jail: str = "off") -> Iterator[Spawner]:
+    """Run a spawner for several DeviceHosts, one after another or at once."""
+    spawner = Spawner("test", jail)
+    try:
+        yield spawner
+    finally:
+        spawner.close(_NoLoop())  # type: ignore[arg-type]
