@@ -31,8 +31,8 @@ import socket
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from config.errors import GuestError, PyvmError
-from devices import words
-from devices.device import WARNING
+from devices import jail, words
+from devices.device import DEBUG, WARNING
 from devices.guestmem import GuestMemory, Region
 from devices.loop import READ, Loop
 from devices.transport import ISR_QUEUE
@@ -57,14 +57,19 @@ class Order(NamedTuple):
     regions: tuple[Region, ...]
 
 
-def main(order: Order, fds: dict[str, int], create: Callable[..., Device], jail: str) -> int:
-    """Be the device process, in a child that has no descriptors but `fds`; return exit status."""
+def main(order: Order, fds: dict[str, int], create: Callable[..., Device], level: str) -> int:
+    """Be the device process, in a child that has no descriptors but `fds`; return exit status.
+
+    `level` is vm.yaml's word for how strict the jail has to be.
+    """
     sync = Channel(socket.socket(fileno=fds.pop("sync")), "VM process", WAIT)
     async_ = Channel(socket.socket(fileno=fds.pop("async")), "VM process", WAIT)
     try:
         process = Process(order, fds, create, async_, sync)
-        for line in confine(order.kind, jail):
-            words.send(sync, WARNING, line)
+        report = confine(order.kind, level)
+        for lack in report.lacking:
+            words.send(sync, WARNING, f"jail without {lack}")
+        words.send(sync, DEBUG, report.summary())
         # What was made until now lives as long as the process: never walk or unshare it.
         gc.freeze()
         sync.send_msg(ViodevMsg(MsgType.READY))
@@ -75,9 +80,9 @@ def main(order: Order, fds: dict[str, int], create: Callable[..., Device], jail:
     return process.serve()
 
 
-def confine(kind: str, level: str) -> list[str]:
-    """Enter the jail of this kind of device; return what this host cannot do. Raises HostError."""
-    return []
+def confine(kind: str, level: str) -> jail.Report:
+    """Enter the jail of this kind of device. Raises HostError."""
+    return jail.enter(kind, level)
 
 
 class Process:

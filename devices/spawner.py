@@ -23,7 +23,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from config.errors import HostError, PyvmError
-from devices import process, title
+from devices import jail, process, title
 from devices.device import ERROR
 from devices.guestmem import Region
 from devices.process import Order
@@ -40,17 +40,19 @@ LEAVE_DEADLINE: Final = 2.0  # seconds children get after the VM process has hun
 MAX_FDS: Final = 128
 
 
-def serve(sock: socket.socket, vm: str, jail: str) -> None:
+def serve(sock: socket.socket, vm: str, level: str, uid: int | None = None) -> None:
     """Be the spawner of the VM `vm`, at the other end of `sock`, until that is closed.
 
-    `jail` is vm.yaml's word: required, best-effort, off.
+    `level` is vm.yaml's word for the jail: required, best-effort, off. `uid` is the user that the
+    VM process will be, if that changes.
     """
     _settle(sock.fileno())
     title.set_title(f"{vm}/spawn")
     channel = Channel(sock, "VM process", FD_DEADLINE)
-    spawner = Spawner(channel, vm, jail)
+    spawner = Spawner(channel, vm, level)
     for kind in SPECS:
         spawner.load(kind)
+    jail.prepare(level, uid)
     # All that was imported stays: collections must not walk it, and so unshare it, in any child.
     gc.freeze()
     try:
@@ -79,8 +81,8 @@ def _settle(sock_fd: int) -> None:
 class Spawner:
     """Forks device processes and reaps them."""
 
-    def __init__(self, channel: Channel, vm: str, jail: str) -> None:
-        self._channel, self._vm, self._jail = channel, vm, jail
+    def __init__(self, channel: Channel, vm: str, level: str) -> None:
+        self._channel, self._vm, self._level = channel, vm, level
         self._kinds: dict[str, Callable[..., Device]] = {}
         self._broken: dict[str, str] = {}  # kind → why it could not be imported
         self._children: dict[int, int] = {}  # pidfd → pid
@@ -154,7 +156,7 @@ class Spawner:
             raise HostError(f"no device of kind {request['kind']!r}: {why}")
         regions = tuple(Region(*region) for region in request["regions"])
         order = Order(request["kind"], request["name"], request["settings"], regions)
-        pid = os.fork()
+        pid = jail.fork(self._level)
         if pid == 0:
             self._become(order, fds, create)
         pidfd = os.pidfd_open(pid)
@@ -171,7 +173,7 @@ class Spawner:
             os.dup2(0, 1)  # /dev/null, since _settle()
             os.dup2(0, 2)
             title.set_title(f"{self._vm}/{order.name}")
-            status = process.main(order, fds, create, self._jail)
+            status = process.main(order, fds, create, self._level)
         finally:
             os._exit(status)
 

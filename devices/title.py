@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import signal
 from typing import Final
@@ -13,18 +14,24 @@ _PR_SET_NAME: Final = 15
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def set_title(title: str) -> None:
-    """Show `title` as command line, as far as the old one is long, and its end as name.
-
-    The kernel reads the command line out of this process's memory, where the arguments of
-    execve(2) were put: what is written there is shown.
-    """
-    name = title.encode()
-    _libc.prctl(_PR_SET_NAME, ctypes.c_char_p(name[-15:]), 0, 0, 0)
+@functools.cache
+def _arguments() -> tuple[int, int]:
+    """Return where execve(2) put this process's arguments; a child's are at the same place."""
     with open("/proc/self/stat", "rb") as file:
         # Fields 48 and 49, counted from after the name, which may hold anything.
         fields = file.read().rpartition(b")")[2].split()
-    start, end = int(fields[45]), int(fields[46])
+    return int(fields[45]), int(fields[46])
+
+
+def set_title(title: str) -> None:
+    """Show `title` as command line, as far as the old one is long, and its end as name.
+
+    The kernel reads the command line out of the process's own memory: what is written there is
+    shown. The first call needs /proc, later ones and those of children do not.
+    """
+    name = title.encode()
+    _libc.prctl(_PR_SET_NAME, ctypes.c_char_p(name[-15:]), 0, 0, 0)
+    start, end = _arguments()
     if 0 < start < end:
         shown = b"pyvmd: " + name
         ctypes.memmove(start, shown[: end - start - 1].ljust(end - start, b"\0"), end - start)

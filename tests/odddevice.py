@@ -6,7 +6,6 @@ what it runs.
 
 from __future__ import annotations
 
-import builtins
 import os
 from typing import TYPE_CHECKING
 
@@ -23,16 +22,6 @@ if TYPE_CHECKING:
     from devices.device import Host
     from devices.guestmem import GuestMemory
     from devices.virtqueue import VirtQueue
-
-
-def no_more_imports(_kind: str, _level: str) -> list[str]:
-    """Stand in for the jail, where there is nothing to import from."""
-
-    def refuse(name: str, *_args: object) -> None:
-        raise AssertionError(f"import of {name} in the jail")
-
-    builtins.__import__ = refuse  # type: ignore[assignment]
-    return []
 
 
 class Odd(Device):
@@ -82,4 +71,4 @@ def open_odd(patch: pytest.MonkeyPatch, **settings: Any) -> DeviceHost:
         return Odd(memory, host, settings)
 
     patch.setattr(viornd, "create", create)
-    return DeviceHost("viornd", settings, queues=2)
+    return DeviceHost("viornd", settings, queues=2, jail="best-effort")
