@@ -1,0 +1,255 @@
+"""Disk images: the `Disk` protocol that vioblk stands on, and raw images and block devices.
+
+A disk is bytes 0 to `size`. Everything here is synchronous and takes views of guest memory, so no
+byte is copied in this process. The kernel's own word is the only judge of what an image can do:
+what it refuses once, in a way that another try would not change, is done in another way from
+then on.
+
+**O_DIRECT** wants memory, offset and length aligned to blocks whose size depends on file system
+and device. Instead of knowing it we try: EINVAL means "not aligned", and that one transfer goes
+through the page cache. The kernel keeps both ways coherent as long as they do not run at the same
+time, so whoever overlaps requests waits for them first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import stat
+from struct import pack, unpack
+from typing import TYPE_CHECKING, Final, Protocol
+
+from config.errors import ConfigError, HostError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+SECTOR: Final = 512
+IOV_MAX: Final = 1024  # views in one call
+
+_PUNCH_HOLE: Final = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | KEEP_SIZE
+_ZERO_RANGE: Final = 0x10 | 0x01  # FALLOC_FL_ZERO_RANGE | KEEP_SIZE
+_BLKDISCARD: Final = 0x1277  # linux/fs.h
+_BLKSSZGET: Final = 0x1268
+_BLKGETSIZE64: Final = 0x80081272
+_NOT_THERE: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY)
+
+# Private and never written, so that all of it is the kernel's one page of zeroes; page aligned.
+_ZEROES: Final = memoryview(mmap.mmap(-1, 1 << 20, prot=mmap.PROT_READ))
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+class Disk(Protocol):
+    """What a block device stands on. Offsets and lengths are bytes, multiples of a sector.
+
+    Every method may raise OSError, with the kernel's errno.
+    """
+
+    fd: int  # of the file that holds byte n of the disk at offset n; -1 if there is none
+    size: int
+    readonly: bool
+    granularity: int  # discarding less than an aligned piece of this many bytes frees nothing
+
+    def read(self, views: Sequence[memoryview], offset: int, length: int) -> int:
+        """Fill views of `length` bytes in all. Return how many were: less if the disk shrank."""
+
+    def write(
+        self, views: Sequence[memoryview], offset: int, length: int, *, stable: bool = False
+    ) -> int:
+        """Write views of `length` bytes in all; `stable`: they are on the medium afterwards."""
+
+    def flush(self) -> None:
+        """Bring everything written so far to the medium."""
+
+    def discard(self, offset: int, length: int) -> None:
+        """Say that these bytes are not needed any more; what they read as is undefined."""
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        """Make these bytes read as zeroes; with `unmap`, by freeing their space if possible."""
+
+    def resize(self, size: int) -> None:
+        """Grow to `size`, or with 0 find out what size it has become. Raises PyvmError."""
+
+
+class Raw:
+    """A raw image or a block device, on a descriptor opened by somebody who was allowed to."""
+
+    def __init__(self, fd: int) -> None:
+        """Take over `fd`; whether it can be written, and is O_DIRECT, shows in its flags."""
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        status = os.fstat(fd)
+        self.fd = fd
+        self.readonly = flags & os.O_ACCMODE == os.O_RDONLY
+        self._flags = flags
+        self._is_file = stat.S_ISREG(status.st_mode)
+        self.size = self._find_size()
+        # Block devices are discarded in whole blocks of their own, files in those of their system.
+        block = min(status.st_blksize, 1 << 16)
+        self.granularity = block if self._is_file else _ioctl_int(fd, _BLKSSZGET)
+        self._refused: set[int] = set()  # modes of fallocate that this file system lacks
+        self._lost = 0  # errno of the flush that failed
+
+    # Transfers.
+
+    def read(self, views: Sequence[memoryview], offset: int, length: int) -> int:
+        """See Disk."""
+        try:
+            done = os.preadv(self.fd, views, offset)
+        except OSError as err:
+            self._check_alignment(err)
+            done = 0
+        if done == length:
+            return done
+        return self._go_on(os.preadv, views, offset, length, done)
+
+    def write(
+        self, views: Sequence[memoryview], offset: int, length: int, *, stable: bool = False
+    ) -> int:
+        """See Disk."""
+        flags = os.RWF_DSYNC if stable else 0
+        try:
+            done = os.pwritev(self.fd, views, offset, flags)
+        except OSError as err:
+            self._check_alignment(err)
+            done = 0
+        if done == length:
+            return done
+
+        def write(fd: int, views: Sequence[memoryview], offset: int) -> int:
+            return os.pwritev(fd, views, offset, flags)
+
+        return self._go_on(write, views, offset, length, done)
+
+    def _check_alignment(self, err: OSError) -> None:
+        """Raise `err` unless the page cache can help."""
+        if err.errno != errno.EINVAL or not self._flags & os.O_DIRECT:
+            raise err
+
+    def _go_on(
+        self,
+        transfer: Callable[[int, Sequence[memoryview], int], int],
+        views: Sequence[memoryview],
+        offset: int,
+        length: int,
+        done: int,
+    ) -> int:
+        """Do the rest of a transfer that ended early, through the page cache; return all done.
+
+        The kernel stops at 2 GiB, at a signal, and at the end of the image; only the last stays.
+        """
+        direct = self._flags & os.O_DIRECT
+        if direct:
+            fcntl.fcntl(self.fd, fcntl.F_SETFL, self._flags & ~os.O_DIRECT)
+        try:
+            while done < length:
+                got = transfer(self.fd, _skip(views, done), offset + done)
+                if not got:
+                    break
+                done += got
+        finally:
+            if direct:
+                fcntl.fcntl(self.fd, fcntl.F_SETFL, self._flags)
+        return done
+
+    def flush(self) -> None:
+        """See Disk. Once one failed in the page cache, all later ones fail, too.
+
+        The kernel reports a page it could not write once, and drops it: a flush that succeeds
+        after that would be a lie.
+        """
+        if self._lost:
+            raise OSError(self._lost, f"{os.strerror(self._lost)}, and data was lost before")
+        try:
+            os.fdatasync(self.fd)
+        except OSError as err:
+            if not self._flags & os.O_DIRECT:
+                self._lost = err.errno or errno.EIO
+            raise
+
+    # Ranges.
+
+    def discard(self, offset: int, length: int) -> None:
+        """See Disk. An image that cannot free space keeps it: nobody may rely on a discard."""
+        if self._is_file:
+            self._fallocate(_PUNCH_HOLE, offset, length)
+            return
+        start = -(-offset // self.granularity) * self.granularity
+        end = (offset + length) // self.granularity * self.granularity
+        if start < end:
+            try:
+                fcntl.ioctl(self.fd, _BLKDISCARD, pack("=QQ", start, end - start))
+            except OSError as err:
+                if err.errno not in _NOT_THERE:
+                    raise
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        """See Disk. fallocate(2) does it for block devices, too."""
+        if unmap and self._fallocate(_PUNCH_HOLE, offset, length):
+            return
+        if self._fallocate(_ZERO_RANGE, offset, length):
+            return
+        end = offset + length
+        while offset < end:
+            count, rest = divmod(min(end - offset, IOV_MAX * len(_ZEROES)), len(_ZEROES))
+            views = [_ZEROES] * count if count else [_ZEROES[:rest]]
+            offset += self.write(views, offset, count * len(_ZEROES) or rest)
+
+    def _fallocate(self, mode: int, offset: int, length: int) -> bool:
+        """Return whether it was done; if not, it must be done in another way. Raises OSError."""
+        if mode in self._refused:
+            return False
+        if not length or _libc.fallocate(self.fd, mode, offset, length) == 0:
+            return True
+        number = ctypes.get_errno()
+        if number in _NOT_THERE:
+            self._refused.add(mode)
+        elif number != errno.EINVAL:  # EINVAL: not in whole blocks of the device
+            raise OSError(number, os.strerror(number))
+        return False
+
+    # Size.
+
+    def resize(self, size: int) -> None:
+        """See Disk. Raises ConfigError for a size it cannot have, HostError, OSError."""
+        if size:
+            if not self._is_file or self.readonly:
+                what = "a read-only image" if self._is_file else "a block device"
+                raise ConfigError(f"{what} has the size it has", hint="give no size to look again")
+            found = self._find_size()
+            if size < max(found, self.size):
+                raise ConfigError(
+                    f"the image has {found} bytes already",
+                    hint="stop the VM and cut the image with truncate(1); what is cut off is lost",
+                )
+            os.ftruncate(self.fd, size)
+        self.size = self._find_size()
+
+    def _find_size(self) -> int:
+        """Return how many bytes there are now. Raises HostError, OSError."""
+        if self._is_file:
+            return os.fstat(self.fd).st_size
+        try:
+            size: int = unpack("=Q", fcntl.ioctl(self.fd, _BLKGETSIZE64, bytes(8)))[0]
+        except OSError as err:
+            raise HostError(f"cannot tell the size of the block device: {err.strerror}") from err
+        return size
+
+
+def _skip(views: Sequence[memoryview], count: int) -> list[memoryview]:
+    """Return the views without their first `count` bytes; the caller's stay as they are."""
+    left: list[memoryview] = []
+    for view in views:
+        if count < len(view):
+            left.append(view[count:])
+        count = max(count - len(view), 0)
+    return left
+
+
+def _ioctl_int(fd: int, request: int) -> int:
+    number: int = unpack("=i", fcntl.ioctl(fd, request, bytes(4)))[0]
+    return number

@@ -1,0 +1,198 @@
+"""io_uring(7) by hand, as much of it as a disk needs: reads, writes and syncs that overlap.
+
+Two rings in memory shared with the kernel. We put entries into one and say so in one system call
+per batch; the kernel puts results into the other, and the ring's descriptor is readable while
+there are any. Each entry carries a token, and so does its result; results come in any order.
+
+    ring.read(token, fd, views, offset) … ring.submit() … for token, result in ring.reap()
+
+The memory of the views is the kernel's until their result is there; the ring keeps it alive, and
+whoever has other uses for it waits. x86-64 keeps stores in order and the system call is a barrier,
+so plain loads and stores are enough.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+from array import array
+from struct import Struct, unpack_from
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_SETUP, _ENTER = 425, 426  # system calls, the same on every architecture
+_GETEVENTS: Final = 1
+_SINGLE_MMAP: Final = 1  # feature: both rings are one mapping (Linux 5.4)
+_OFF_SQES: Final = 0x1000_0000
+
+# linux/io_uring.h
+_OP_READV, _OP_WRITEV, _OP_FSYNC, _OP_READ, _OP_WRITE = 1, 2, 3, 22, 23
+_FSYNC_DATASYNC: Final = 1
+
+# struct io_uring_sqe: opcode, flags, ioprio, fd, off, addr, len, rw_flags, user_data, buf_index,
+# personality, splice_fd_in, two words of padding.
+_SQE: Final = Struct("=BBHiQQIIQHHiQQ")
+_CQE: Final = Struct("=QiI")  # struct io_uring_cqe: user_data, res, flags
+# struct io_uring_params: sizes of both rings first, features at 20, and where the fields of the
+# rings lie from 40 and 80: head, tail, mask, entries, ..., array or cqes.
+_PARAMS_SIZE: Final = 120
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+_libc.syscall.argtypes = (ctypes.c_long,) * 7  # the number, and six as every call can have
+
+
+# Python's stable C interface: Py_buffer says where the bytes of an object are, in its first word.
+_get_buffer: Final = ctypes.PYFUNCTYPE(
+    ctypes.c_int, ctypes.py_object, ctypes.c_void_p, ctypes.c_int
+)(("PyObject_GetBuffer", ctypes.pythonapi))
+_release_buffer: Final = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(
+    ("PyBuffer_Release", ctypes.pythonapi)
+)
+_py_buffer: Final = (ctypes.c_uint64 * 10)()
+_py_buffer_at: Final = ctypes.addressof(_py_buffer)
+_py_buffer_words: Final = memoryview(_py_buffer).cast("B").cast("Q")
+
+
+def address(view: memoryview) -> int:
+    """Return where the bytes of a view are; ctypes has no way to ask that of a read-only one."""
+    _get_buffer(view, _py_buffer_at, 0)
+    found = _py_buffer_words[0]
+    _release_buffer(_py_buffer_at)
+    return found
+
+
+class Ring:
+    """One io_uring. For one thread; `entries`, a power of two, bounds what may be in flight."""
+
+    def __init__(self, entries: int) -> None:
+        """Raises OSError: ENOSYS or EPERM where there is no io_uring, ENOMEM."""
+        params = ctypes.create_string_buffer(_PARAMS_SIZE)
+        self.fd = _system_call(_SETUP, entries, ctypes.addressof(params))
+        nr_sqes, nr_cqes = unpack_from("=2I", params)
+        if not unpack_from("=I", params, 20)[0] & _SINGLE_MMAP:
+            os.close(self.fd)
+            raise OSError(errno.ENOSYS, "io_uring older than Linux 5.4")
+        _, sq_tail, _, _, _, _, sq_array = unpack_from("=7I", params, 40)
+        cq_head, cq_tail, _, _, _, cqes = unpack_from("=6I", params, 80)
+        size = max(sq_array + 4 * nr_sqes, cqes + _CQE.size * nr_cqes)
+        rings = memoryview(mmap.mmap(self.fd, size, mmap.MAP_SHARED | mmap.MAP_POPULATE))
+        words = rings[: size & ~3].cast("I")
+        for i in range(nr_sqes):
+            words[sq_array // 4 + i] = i  # entry i is always described by slot i
+        self._words, self._rings = words, rings
+        self._sq_tail, self._cq_head, self._cq_tail = sq_tail // 4, cq_head // 4, cq_tail // 4
+        self._cqes, self._nr_cqes = cqes, nr_cqes
+        self._sqes = mmap.mmap(
+            self.fd, _SQE.size * nr_sqes, mmap.MAP_SHARED | mmap.MAP_POPULATE, offset=_OFF_SQES
+        )
+        self.entries = nr_sqes
+        self._tail = 0
+        self._unsubmitted = 0
+        # Token → views and iovecs that the kernel works on.
+        self._held: dict[int, tuple[Sequence[memoryview], array[int] | None]] = {}
+        #: Entries whose result has not been reaped.
+        self.nr_in_flight = 0
+
+    def read(self, token: int, fd: int, views: Sequence[memoryview], offset: int) -> None:
+        """Queue preadv(2). Raises BlockingIOError, nothing queued, if the ring is full."""
+        self._transfer((_OP_READ, _OP_READV), token, views, offset, fd=fd, flags=0)
+
+    def write(
+        self, token: int, fd: int, views: Sequence[memoryview], offset: int, *, stable: bool
+    ) -> None:
+        """Queue pwritev(2); `stable` as with RWF_DSYNC. Raises BlockingIOError."""
+        flags = os.RWF_DSYNC if stable else 0
+        self._transfer((_OP_WRITE, _OP_WRITEV), token, views, offset, fd=fd, flags=flags)
+
+    def sync(self, token: int, fd: int) -> None:
+        """Queue fdatasync(2), which covers the writes that are complete. Raises BlockingIOError."""
+        self._put(_OP_FSYNC, token, (0, 0), 0, fd=fd, flags=_FSYNC_DATASYNC)
+
+    def submit(self) -> None:
+        """Hand what was queued to the kernel. Raises OSError."""
+        while self._unsubmitted:
+            self._enter(0, 0)
+
+    def wait(self) -> None:
+        """Submit, and wait until there is a result. Raises OSError."""
+        if self.nr_in_flight:
+            self._enter(1, _GETEVENTS)
+
+    def reap(self) -> list[tuple[int, int]]:
+        """Return new results: token, and bytes transferred or a negative errno."""
+        head, tail = self._words[self._cq_head], self._words[self._cq_tail]
+        found: list[tuple[int, int]] = []
+        while head != tail:
+            at = self._cqes + _CQE.size * (head & (self._nr_cqes - 1))
+            token, result, _ = _CQE.unpack_from(self._rings, at)
+            found.append((token, result))
+            self._held.pop(token, None)
+            head = (head + 1) & 0xFFFF_FFFF
+        self._words[self._cq_head] = head
+        self.nr_in_flight -= len(found)
+        return found
+
+    def close(self) -> None:
+        """Free the ring; nothing may be in flight."""
+        self._words.release()
+        self._rings.release()
+        self._sqes.close()
+        os.close(self.fd)
+
+    def _transfer(
+        self,
+        ops: tuple[int, int],
+        token: int,
+        views: Sequence[memoryview],
+        offset: int,
+        *,
+        fd: int,
+        flags: int,
+    ) -> None:
+        """Queue one of `ops`: the first for one view, the second for a vector of them."""
+        if len(views) == 1:
+            span = address(views[0]), len(views[0])
+            self._put(ops[0], token, span, offset, fd=fd, flags=flags)
+            self._held[token] = views, None
+            return
+        iovecs = array("Q")
+        for view in views:
+            iovecs.append(address(view))
+            iovecs.append(len(view))
+        span = iovecs.buffer_info()[0], len(views)
+        self._put(ops[1], token, span, offset, fd=fd, flags=flags)
+        self._held[token] = views, iovecs
+
+    def _put(
+        self, op: int, token: int, span: tuple[int, int], offset: int, *, fd: int, flags: int
+    ) -> None:
+        if self.nr_in_flight >= self.entries:
+            raise BlockingIOError(errno.EAGAIN, "the ring is full")
+        at = _SQE.size * (self._tail & (self.entries - 1))
+        _SQE.pack_into(self._sqes, at, op, 0, 0, fd, offset, *span, flags, token, 0, 0, 0, 0, 0)
+        self._tail = (self._tail + 1) & 0xFFFF_FFFF
+        self._words[self._sq_tail] = self._tail
+        self._unsubmitted += 1
+        self.nr_in_flight += 1
+
+    def _enter(self, wanted: int, flags: int) -> None:
+        """io_uring_enter(2). A signal, or a kernel short of memory for the moment: again."""
+        try:
+            self._unsubmitted -= _system_call(_ENTER, self.fd, self._unsubmitted, wanted, flags)
+        except OSError as err:
+            if err.errno not in (errno.EINTR, errno.EAGAIN, errno.EBUSY):
+                raise
+
+
+def _system_call(number: int, *arguments: int) -> int:
+    """Make a system call. Raises OSError."""
+    result: int = _libc.syscall(number, *arguments, *(0,) * (6 - len(arguments)))
+    if result < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return result
