@@ -149,7 +149,19 @@ class _Registers:
         value, state = self._channel.read(reg, size)
         if state < 0:
             self._interrupts.lower()
+            if self._interrupts.call_fd(CONFIG) is None and not self._interrupts.msix_enabled:
+                self._look_again()
         return value
+
+    def _look_again(self) -> None:
+        """Undo a lower() that was too late.
+
+        Where interrupts are messages, the device may have sent one right behind its answer, and
+        the loop's thread may have raised the line before this thread lowered it.
+        """
+        isr, _ = self._channel.read(Block.ISR_PEEK, 1)
+        if isr and self._channel.alive:
+            self._interrupts.notify(CONFIG)
 
     def _forward_write(self, reg: int, size: int, value: int) -> None:
         self._channel.write(reg, size, value)
@@ -186,7 +198,7 @@ class ModernRegisters(_Registers):
             return
         if offset == Common.QUEUE_SELECT and size == 2:
             self._queue = value
-        elif offset == Common.DEVICE_STATUS and not value:
+        elif offset == Common.DEVICE_STATUS and size == 1 and not value:
             self._forward_write(offset, size, value)
             self._reset()
             return
@@ -215,5 +227,5 @@ class LegacyRegisters(_Registers):
         if offset == Legacy.QUEUE_SELECT and size == 2:
             self._queue = value
         self._forward_write(Block.LEGACY + offset, size, value)
-        if offset == Legacy.DEVICE_STATUS and not value:
+        if offset == Legacy.DEVICE_STATUS and size == 1 and not value:
             self._reset()
