@@ -129,10 +129,10 @@ class Spawner:
         fds: dict[str, int] = {}
         try:
             request = json.loads(imsg.data)
-            for name in request["fds"][:MAX_FDS]:
-                fds[name] = self._receive_fd(name)
+            for name in [name.encode() for name in request["fds"][:MAX_FDS]]:
+                fds[name.decode()] = self._receive_fd(name)
             self._launch(request, fds)
-        except (PyvmError, OSError, ValueError, KeyError, TypeError) as err:
+        except (PyvmError, OSError, ValueError, LookupError, TypeError, AttributeError) as err:
             if isinstance(err, ChannelError):
                 raise
             text = str(err) if isinstance(err, OSError | PyvmError) else repr(err)
@@ -141,12 +141,12 @@ class Spawner:
             for fd in fds.values():
                 os.close(fd)
 
-    def _receive_fd(self, name: str) -> int:
+    def _receive_fd(self, name: bytes) -> int:
         imsg = self._channel.receive()
-        if imsg.type != ImsgType.FD or imsg.fd is None or imsg.data != name.encode():
+        if imsg.type != ImsgType.FD or imsg.fd is None or imsg.data != name:
             if imsg.fd is not None:
                 os.close(imsg.fd)
-            raise ChannelError(f"VM process: sent message type {imsg.type}, not {name}")
+            raise ChannelError(f"VM process: sent message type {imsg.type}, not {name!r}")
         return imsg.fd
 
     def _launch(self, request: dict[str, Any], fds: dict[str, int]) -> None:

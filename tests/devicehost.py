@@ -259,3 +259,9 @@ def shared_spawner(jail: str = "off") -> Iterator[Spawner]:
         yield spawner
     finally:
         spawner.close(_NoLoop())  # type: ignore[arg-type]
+
+
+def facts(pid: int) -> dict[str, list[str]]:
+    """Return what the kernel says of a process in /proc/PID/status, in words."""
+    with open(f"/proc/{pid}/status") as file:
+        return {name: words.split() for name, _, words in (line.partition(":") for line in file)}

@@ -16,7 +16,7 @@ from devices.spec import Block
 from devices.viodev import CONFIG_CHANGE, ImsgType
 from devices.virtio import CommonCfg
 from devices.words import BURST
-from tests.devicehost import DEADLINE, DeviceHost
+from tests.devicehost import DEADLINE, DeviceHost, facts
 from tests.odddevice import open_odd
 from tests.virtiodriver import NEEDS_RESET, READY
 
@@ -107,13 +107,10 @@ def test_a_greedy_queue_starves_neither_registers_nor_others(
     """A queue whose work never ends takes turns with the other queue and the sync channel."""
     with open_odd(monkeypatch, greedy=True) as host:
         host.start()
-        before = [host.read_config(at, 4) for at in (0, 4)]
-        for _ in range(200):
-            host.read_config(0, 4)
-        after = [host.read_config(at, 4) for at in (0, 4)]
-        turns = [b - a for a, b in zip(before, after, strict=True)]
-        assert min(turns) > 20
-        assert max(turns) < 2 * min(turns)
+        for _ in range(100):
+            before, other, after = (host.read_config(at, 4) for at in (0, 4, 0))
+            assert before - 1 <= other <= after + 1
+        assert after > 100
 
 
 # Calls.
@@ -253,8 +250,6 @@ def test_an_idle_device_sleeps(host: DeviceHost) -> None:
 
 def switches(host: DeviceHost) -> int:
     """Wait until a device process sleeps, and return how often it went to sleep until then."""
-    while True:
-        with open(f"/proc/{host.process.pid}/status") as file:
-            facts = {key: value.split() for key, _, value in (line.partition(":") for line in file)}
-        if facts["State"][0] == "S":
-            return int(facts["voluntary_ctxt_switches"][0])
+    while (found := facts(host.process.pid))["State"][0] != "S":
+        pass
+    return int(found["voluntary_ctxt_switches"][0])
