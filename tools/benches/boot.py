@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import select
 import socket
 import subprocess
 import sys
@@ -33,7 +34,7 @@ MARKER = b"pyvmd-guest: init"
 CMDLINE = "console=ttyS0 panic=-1"
 MEMORY = 256  # MiB
 TRACEFS = Path("/sys/kernel/tracing")
-DEADLINE = 240.0  # seconds for one boot; emulated hosts are slow
+DEADLINE = 150.0  # seconds for one boot; emulated hosts are slow
 # include/uapi/linux/kvm.h
 REASONS = {2: "io", 6: "mmio", 5: "hlt", 8: "shutdown", 10: "intr", 26: "ioapic_eoi"}
 
@@ -120,9 +121,11 @@ def boot(monitor: AbstractContextManager[tuple[int, int]]) -> dict[str, Any]:
             seen = b""
             end = time.monotonic() + DEADLINE
             while MARKER not in seen:
-                data = os.read(output, 65536)
-                if not data or time.monotonic() > end:
-                    raise SystemExit(f"no marker, but {seen[-300:]!r}")
+                left = end - time.monotonic()
+                ready = left > 0 and select.select([output], [], [], left)[0]
+                data = os.read(output, 65536) if ready else b""
+                if not data:
+                    raise SystemExit(f"no marker in {DEADLINE:g} s, but {seen[-300:]!r}")
                 seen = seen[-1000:] + data
             return {**counters.read(), "cpu_seconds": cpu_seconds(pid)}
     finally:
