@@ -1,0 +1,246 @@
+"""virtio block device (virtio 1.2 §5.2) on a `raw.Disk`.
+
+Queues 0 to N-1: requests, any of them on any queue. Configuration space (§5.2.4):
+
+     0 u64 capacity in sectors     20 u32 blk_size                36 u32 max_discard_sectors
+     8 u32 size_max                24 u8  physical_block_exp      40 u32 max_discard_seg
+    12 u32 seg_max                 25 u8  alignment_offset        44 u32 discard_sector_alignment
+    16 u32 geometry, 0             26 u16 min_io_size in blocks   48 u32 max_write_zeroes_sectors
+    32 u8  writeback, writable     28 u32 opt_io_size in blocks   52 u32 max_write_zeroes_seg
+    34 u16 num_queues                                             56 u8  write_zeroes_may_unmap
+
+Features: SIZE_MAX SEG_MAX BLK_SIZE TOPOLOGY FLUSH, MQ with several queues, and RO or else
+CONFIG_WCE DISCARD WRITE_ZEROES.
+
+    chains ── blkreq.parse ──► requests ── blkserve.Server ──► raw.Disk
+                                              └─ blkring, where io_uring overlaps them
+
+An image opened with O_DIRECT overlaps requests. Through the page cache they are done one after
+another: such a read costs less than handing it to somebody else.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import TYPE_CHECKING, Any, Final
+
+from config.errors import ConfigError, HostError
+from devices.blkreq import (
+    BLK_F_BLK_SIZE,
+    BLK_F_CONFIG_WCE,
+    BLK_F_DISCARD,
+    BLK_F_FLUSH,
+    BLK_F_MQ,
+    BLK_F_RO,
+    BLK_F_SEG_MAX,
+    BLK_F_SIZE_MAX,
+    BLK_F_TOPOLOGY,
+    BLK_F_WRITE_ZEROES,
+    MAX_DISCARD,
+    MAX_RANGES,
+    MAX_ZEROES,
+    SEG_MAX,
+    SIZE_MAX,
+    parse,
+)
+from devices.blkring import OverlappingServer
+from devices.blkserve import Server
+from devices.device import INFO, Device
+from devices.features import F_VERSION_1
+from devices.raw import SECTOR, Raw
+from devices.spec import SPECS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from devices.blkserve import Done
+    from devices.chain import Chain
+    from devices.device import Host
+    from devices.guestmem import GuestMemory
+    from devices.raw import Disk
+    from devices.virtqueue import VirtQueue
+
+QUEUE_SIZE: Final = SPECS["vioblk"].queues[0]
+BATCH: Final = 32  # requests popped, and given back, together
+BUDGET: Final = 4 << 20  # bytes per wake-up, about 1 ms from the page cache
+REQUEST_COST: Final = 4096  # bytes: what a request counts for beside its own
+
+_WRITEBACK_AT: Final = 32
+_CONFIG: Final = Struct("<QIIIIBxHIBxHIIIIIB3x")
+
+
+def create(
+    settings: Mapping[str, Any], fds: dict[str, int], memory: GuestMemory, host: Host
+) -> Vioblk:
+    """Make the device on the descriptor `image`. Settings: those of config.model.DiskConfig."""
+    if settings["format"] != "raw":
+        raise ConfigError(f"disk format {settings['format']} is not built yet")
+    disk = Raw(fds.pop("image"))
+    if disk.size < settings["block_size"]:
+        raise ConfigError(f"the image has {disk.size} bytes: less than one block")
+    return Vioblk(memory, host, disk, settings)
+
+
+class Vioblk(Device):
+    """Takes requests off its queues, has them served, and gives them back."""
+
+    def __init__(
+        self, memory: GuestMemory, host: Host, disk: Disk, settings: Mapping[str, Any]
+    ) -> None:
+        super().__init__(memory, host)
+        self._disk, self._settings = disk, settings
+        self._server = self._make_server()
+        self.in_order = self._server.in_order
+        self.queue_sizes = (QUEUE_SIZE,) * settings["queues"]
+        self.features = BLK_F_SIZE_MAX | BLK_F_SEG_MAX | BLK_F_BLK_SIZE | BLK_F_TOPOLOGY
+        self.features |= BLK_F_FLUSH | BLK_F_MQ * (settings["queues"] > 1)
+        if disk.readonly:
+            self.features |= BLK_F_RO
+        else:
+            self.features |= BLK_F_CONFIG_WCE | BLK_F_DISCARD | BLK_F_WRITE_ZEROES
+        self._set_limit()
+        self._queues: Sequence[VirtQueue | None] = ()
+        self._recovered: dict[int, list[Chain]] = {}
+        self._waiting: set[int] = set()  # queues that found the server full
+
+    def _make_server(self) -> Server:
+        serial = self._settings["serial"]
+        if self._settings["cache"] == "none":
+            try:
+                return OverlappingServer(self._disk, self.host, serial, self._give_back)
+            except OSError as err:
+                self.host.log(INFO, f"no io_uring ({err.strerror}): requests do not overlap")
+        return Server(self._disk, self.host, serial)
+
+    # Configuration space.
+
+    def config(self) -> bytes:
+        """See the file's head. What is not offered is 0."""
+        settings, block = self._settings, self._settings["block_size"]
+        physical = max(settings["physical_block_size"], block)
+        may_write = not self._disk.readonly
+        return _CONFIG.pack(
+            self._server.limit // SECTOR,
+            SIZE_MAX,
+            SEG_MAX,
+            0,
+            block,
+            (physical // block).bit_length() - 1,
+            settings["min_io_size"] // block,
+            settings["opt_io_size"] // block,
+            may_write and self._server.writeback,
+            len(self.queue_sizes) if self.features & BLK_F_MQ else 0,
+            MAX_DISCARD // SECTOR * may_write,
+            MAX_RANGES * may_write,
+            max(self._disk.granularity, block) // SECTOR * may_write,
+            MAX_ZEROES // SECTOR * may_write,
+            may_write,
+            may_write,
+        )
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Take the cache mode; a legacy driver may set it at any time (§5.2.5.3)."""
+        if offset == _WRITEBACK_AT and data in (b"\0", b"\1") and not self._disk.readonly:
+            self._server.writeback = data == b"\1"
+
+    # Life of a driver.
+
+    def activate(self, features: int, queues: Sequence[VirtQueue | None]) -> None:
+        """Settle the cache mode, and find what a killed predecessor left unfinished."""
+        if not features & BLK_F_CONFIG_WCE:
+            self._server.writeback = bool(features & BLK_F_FLUSH)
+        elif features & F_VERSION_1 and not features & BLK_F_FLUSH:
+            self._server.writeback = False  # a legacy driver's own choice stays (§5.2.5.3)
+        self._queues = queues
+        self._recovered = {
+            index: queue.resubmit() for index, queue in enumerate(queues) if queue is not None
+        }
+
+    def kick(self, index: int, queue: VirtQueue) -> bool:
+        """Serve what is there, as far as the budget goes."""
+        left, recovered = BUDGET, self._recovered.get(index, [])
+        queue.disable_kicks()
+        while left > 0:
+            limit = min(self._server.room, BATCH)
+            if not limit:  # when there is room, _give_back() has us called again
+                self._waiting.add(index)
+                return False
+            chains = recovered[:limit] or queue.pop_batch(limit)
+            del recovered[:limit]
+            if chains:
+                left -= self._serve(index, queue, chains)
+            elif not queue.enable_kicks():
+                return False
+        return True
+
+    def _serve(self, index: int, queue: VirtQueue, chains: Sequence[Chain]) -> int:
+        """Serve chains and give back what is done; return what they count for."""
+        requests, broken = parse(chains)
+        done: Done = []
+        asked = self._server.serve(index, requests, done)
+        queue.push_batch(done)
+        if queue.should_call():
+            self.host.call(index)
+        if broken is not None:
+            raise broken
+        return asked + REQUEST_COST * len(requests)
+
+    def _give_back(self, index: int, done: Done) -> None:
+        """Take what the server has finished since; queues that waited for room may go on."""
+        queue = self._queues[index]
+        if queue is not None:  # it is None when the driver broke a rule meanwhile
+            queue.push_batch(done)
+            if queue.should_call():
+                self.host.call(index)
+        for waiting in self._waiting:
+            self.host.schedule(waiting)
+        self._waiting.clear()
+
+    def reset_queue(self, index: int) -> None:
+        """Be done with all queues: they share what is in flight, and it does not take long."""
+        self._server.drain()
+        self._recovered.pop(index, None)
+
+    def reset(self) -> None:
+        """Wait for what is in flight and forget it; back to writeback, as after power-on."""
+        self._server.abandon()
+        self._server.writeback = True
+        self._recovered.clear()
+        self._waiting.clear()
+
+    def pause(self) -> None:
+        """Finish what is in flight."""
+        self._server.drain()
+
+    # Life of the process.
+
+    def setting(self, name: str, value: Any) -> Any:
+        """Change `resize`: bytes to grow to, or 0 to take the size that the image has now.
+
+        The result is the new size. Raises ConfigError, HostError.
+        """
+        if name != "resize":
+            return super().setting(name, value)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0 or value % SECTOR:
+            raise ConfigError(f"resize: {value!r} is not a number of bytes, in whole sectors")
+        try:
+            self._disk.resize(value)
+        except OSError as err:
+            raise HostError(f"cannot resize the image: {err.strerror}") from err
+        if self._set_limit():
+            self.host.config_changed()
+        return self._server.limit
+
+    def _set_limit(self) -> bool:
+        """Let requests reach all whole blocks of the disk; return whether that is a change."""
+        before, block = self._server.limit, self._settings["block_size"]
+        self._server.limit = self._disk.size // block * block
+        return self._server.limit != before
+
+    def save(self) -> dict[str, Any]:
+        """Return the cache mode."""
+        return {"writeback": self._server.writeback}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take the cache mode."""
+        self._server.writeback = bool(state["writeback"])
