@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 from typing import TYPE_CHECKING
@@ -138,6 +139,32 @@ def test_no_access_raises() -> None:
         lab.device.events.clear()
         lab.said.clear()
     assert activated > 10
+
+
+def test_nothing_leaves_a_cycle() -> None:
+    """Device processes all but stop collecting garbage: requests, mistakes and resets make none."""
+    lab = Lab()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(50):
+            [queue, *_] = lab.start(F_EVENT_IDX)
+            for _ in range(20):
+                queue.add([b"x"], [1])
+                lab.write(Block.NOTIFY, 2, 0)
+                lab.serve()
+                assert len(queue.collect()) == 1
+            lab.write(CommonCfg.NUM_QUEUES, 2, 0)
+            queue.set_avail_index(1000)  # type: ignore[union-attr]
+            lab.write(Block.NOTIFY, 2, 0)
+            try:
+                lab.serve()
+            except GuestError as err:
+                lab.registers.transport.fail(err)
+            assert lab.status & NEEDS_RESET
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 def test_the_in_flight_stride_fits_the_largest_queue() -> None:
