@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from config.errors import HostError
 from devices.spec import SPECS
 from devices.viodev import ChannelError, ImsgType
-from vmm import log
+from vmm import images, log
 from vmm.channel import DeviceChannel
 from vmm.interrupts import CONFIG
 from vmm.launch import Order
@@ -47,8 +47,6 @@ def rows(config: VmConfig, opened: ExitStack) -> Iterator[Row]:
     """Yield what vm.yaml asks for, files opened with our rights. Raises ConfigError, HostError."""
     yield Row("viornd", "viornd", config.rng._asdict(), 1, {})
     for index, disk in enumerate(config.disks):
-        from vmm import images
-
         image = images.open_disk(disk, f"vioblk{index}")
         opened.callback(os.close, image)
         yield Row("vioblk", f"vioblk{index}", disk._asdict(), disk.queues, {"image": image})

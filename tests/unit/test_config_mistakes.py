@@ -11,7 +11,7 @@ from config.nodes import MAX_ERRORS
 BOOT = "boot: {kernel: /k}\n"
 NAME = "a name of at most 63 letters, digits, '.', '-', '_' that starts with a letter"
 MEMORY = "a size from 1M to 128G in steps of 4K"
-KEYS = "name, vcpus, memory, boot, debug, enable, owner"
+KEYS = "name, vcpus, memory, boot, debug, enable, owner, disks, rng, jail, transitional, packed"
 
 
 def mistakes(text: str) -> list[str]:
@@ -32,7 +32,7 @@ boot:
   kernel: [bzImage]
   kernel: bzImage
 debug: {console: maybe, exit: !!bool true}
-disks: []
+interfaces: []
 """
     assert mistakes(text) == [
         f"1:7: name: expected {NAME} (got '7up')",
@@ -44,7 +44,7 @@ disks: []
         "7:3: boot.kernel: duplicate key (first on line 6)",
         "8:18: debug.console: expected true or false (got 'maybe')",
         "8:31: the tag 'tag:yaml.org,2002:bool': tags are not supported, leave it out",
-        "9:1: disks: not built yet in this version",
+        "9:1: interfaces: not built yet in this version",
     ]
 
 

@@ -45,8 +45,8 @@ def test_what_is_not_built_says_so(name: str) -> None:
 
 def test_what_is_not_built_is_refused_below_and_beside_vms() -> None:
     """A file of several VMs gives the same answer, at both levels."""
-    assert mistakes("vms:\n  web:\n    boot: {kernel: /k}\n    rng: {}\nswitches: {}\n") == [
-        "4:5: vms.web.rng: not built yet in this version",
+    assert mistakes("vms:\n  web:\n    boot: {kernel: /k}\n    cdrom: {}\nswitches: {}\n") == [
+        "4:5: vms.web.cdrom: not built yet in this version",
         "5:1: switches: not built yet in this version",
     ]
 
