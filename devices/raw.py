@@ -221,7 +221,7 @@ class Raw:
                 what = "a read-only image" if self._is_file else "a block device"
                 raise ConfigError(f"{what} has the size it has", hint="give no size to look again")
             found = self._find_size()
-            if size < max(found, self.size):
+            if size < found:
                 raise ConfigError(
                     f"the image has {found} bytes already",
                     hint="stop the VM and cut the image with truncate(1); what is cut off is lost",

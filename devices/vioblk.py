@@ -221,7 +221,7 @@ class Vioblk(Device):
         """
         if name != "resize":
             return super().setting(name, value)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0 or value % SECTOR:
+        if type(value) is not int or not 0 <= value < 1 << 63 or value % SECTOR:
             raise ConfigError(f"resize: {value!r} is not a number of bytes, in whole sectors")
         try:
             self._disk.resize(value)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from config.model import DiskConfig
 from devices.blkreq import HEADER
+from devices.device import WARNING
 from devices.raw import Raw
 from devices.vioblk import Vioblk
 from devices.virtio import Registers
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     import pytest
 
     from devices.device import Timer
-    from devices.guestmem import Region
+    from devices.guestmem import GuestMemory, Region
     from tests.driver import PackedDriver, SplitDriver, Used
 
 DEADLINE: Final = 10.0  # seconds for what io_uring has in flight
@@ -55,16 +56,21 @@ class BlkLab(VirtioDriver):
         regions: Sequence[Region] = (),
         packed: bool = False,
         content: bytes = b"",
+        memory: GuestMemory | None = None,
+        inflight: memoryview | None = None,
         **settings: Any,
     ) -> None:
-        """Make an image of `size` bytes that begins with `content`, and a device on it."""
+        """Make an image of `size` bytes that begins with `content`, and a device on it.
+
+        `memory` and `inflight` are those of a predecessor to take over from.
+        """
         self.image = directory / "disk.img"
         self.image.write_bytes(content)
         os.truncate(self.image, size)
         disk = DiskConfig(path=str(self.image), format="raw", **settings)
         flags = os.O_RDONLY if disk.readonly else os.O_RDWR
         self._fd = os.open(self.image, flags | os.O_DIRECT * (disk.cache == "none"))
-        self.memory = make_memory(MEMORY, regions)
+        self.memory = memory or make_memory(MEMORY, regions)
         self.interrupts: list[int] = []
         self.scheduled: list[int] = []
         self.said: list[str] = []
@@ -72,7 +78,13 @@ class BlkLab(VirtioDriver):
         self.nr_queues = disk.queues
         self.disk = Raw(self._fd)
         self.device = Vioblk(self.memory, self, self.disk, disk._asdict())
-        self.registers = Registers(self.device, self.memory, self, packed=packed)
+        self.registers = Registers(
+            self.device,
+            self.memory,
+            self,
+            packed=packed,
+            inflight=[inflight] if inflight is not None else (),
+        )
         self.queues: list[SplitDriver | PackedDriver] = []
 
     def __enter__(self) -> Self:
@@ -102,9 +114,9 @@ class BlkLab(VirtioDriver):
         return self.queues
 
     def start_legacy(
-        self, features: int = 0, *, arena_bytes: int = 1 << 19
+        self, features: int = 0, *, arena_bytes: int = 1 << 19, driver_ok: bool = True
     ) -> list[SplitDriver | PackedDriver]:
-        self.queues = super().start_legacy(features, arena_bytes=arena_bytes)
+        self.queues = super().start_legacy(features, arena_bytes=arena_bytes, driver_ok=driver_ok)
         return self.queues
 
     def ask(self, kind: int, sector: int = 0, data: bytes = b"", *, room: int = 0) -> Answer:
@@ -179,8 +191,9 @@ class BlkLab(VirtioDriver):
     def schedule(self, index: int) -> None:
         self.scheduled.append(index)
 
-    def log(self, _level: int, text: str) -> None:
-        self.said.append(text)
+    def log(self, level: int, text: str) -> None:
+        if level >= WARNING:
+            self.said.append(text)
 
     def call(self, index: int) -> None:
         self.registers.transport.isr |= 1

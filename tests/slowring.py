@@ -1,0 +1,69 @@
+"""In place of `devices.uring.Ring`: one that completes what it is told to, when it is told to."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+class SlowRing:
+    """Does nothing until `land()` or `wait()`; the latest first, so that order shows."""
+
+    latest: SlowRing
+
+    def __init__(self, entries: int) -> None:
+        self.entries = entries
+        self.fd = os.eventfd(0)
+        self.queued: list[tuple[int, Callable[[], int]]] = []
+        self.flying: list[tuple[int, Callable[[], int]]] = []
+        self.results: list[tuple[int, int]] = []
+        self.files: dict[int, int] = {}
+        SlowRing.latest = self
+
+    def read(self, token: int, fd: int, views: Sequence[memoryview], offset: int) -> None:
+        self.queued.append((token, lambda: os.preadv(self._plain(fd), views, offset)))
+
+    def write(
+        self, token: int, fd: int, views: Sequence[memoryview], offset: int, *, stable: bool
+    ) -> None:
+        flags = os.RWF_DSYNC if stable else 0
+        self.queued.append((token, lambda: os.pwritev(self._plain(fd), views, offset, flags)))
+
+    def sync(self, token: int, fd: int) -> None:
+        self.queued.append((token, lambda: int(os.fdatasync(fd) is not None)))  # type: ignore[func-returns-value]
+
+    def _plain(self, fd: int) -> int:
+        """The same file without O_DIRECT, since no test here cares for alignment."""
+        if fd not in self.files:
+            self.files[fd] = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
+        return self.files[fd]
+
+    def close(self) -> None:
+        for fd in (self.fd, *self.files.values()):
+            os.close(fd)
+
+    def submit(self) -> None:
+        self.flying += self.queued
+        self.queued.clear()
+        assert len(self.flying) <= self.entries
+
+    def wait(self) -> None:
+        self.submit()
+        self.land()
+
+    def reap(self) -> list[tuple[int, int]]:
+        results, self.results = self.results, []
+        return results
+
+    def land(self, result: int | None = None) -> None:
+        """Complete the latest request, or let it come back with `result`."""
+        token, work = self.flying.pop()
+        if result is None:
+            try:
+                result = work()
+            except OSError as err:
+                result = -(err.errno or 0)
+        self.results.append((token, result))
