@@ -31,10 +31,18 @@ class QueueRegisters:
         self.size = self.default_size
         self.desc_gpa = self.avail_gpa = self.used_gpa = 0
 
+    def resize(self, size: int, *, packed: bool) -> None:
+        """Take a driver's wish; one that cannot be leaves 0, and then the queue is no queue.
+
+        What the driver reads is a power of 2 unless the ring is packed, or 0 (§4.1.4.3.1).
+        """
+        possible = size <= QUEUE_SIZE_MAX and (packed or not size & (size - 1))
+        self.size = size if possible else 0
+
     def open(self, memory: GuestMemory, features: int) -> VirtQueue:
         """Enable the queue. Raises GuestError, not enabled, on a bad size or address."""
-        if self.size > QUEUE_SIZE_MAX:
-            raise GuestError(f"{self.size} entries are more than {QUEUE_SIZE_MAX}")
+        if not self.size:
+            raise GuestError("a size that cannot be was written")
         if not (self.desc_gpa and self.avail_gpa and self.used_gpa):
             raise GuestError("an address is 0")
         self.queue = queue = open_queue(

@@ -98,6 +98,7 @@ class Transport:
         #: The queues being served, by index: all None unless DRIVER_OK.
         self.live: list[VirtQueue | None] = [None] * len(self.registers)
         self.status = self.isr = self.generation = 0
+        self._config_news = False  # changed since the driver last read any of it
         self.accepted = 0  # as written; what counts is `features`
         self.features = 0  # negotiated: 0 before FEATURES_OK, or DRIVER_OK of a legacy driver
         self.legacy = False  # whether the driver began with the legacy registers
@@ -248,14 +249,19 @@ class Transport:
         return isr
 
     def config_changed(self) -> None:
-        """The device changed its configuration space: new generation, and tell the driver."""
-        self.generation = (self.generation + 1) & 0xFF
+        """The device changed its configuration space: tell the driver."""
+        self._config_news = True
         if self.status & DRIVER_OK:
             self.isr |= ISR_CONFIG
             self._door.interrupt(CONFIG_CHANGE)
 
     def read_config(self, offset: int, size: int) -> int:
         """Read configuration space; bytes past its end are 0."""
+        if self._config_news:
+            # Once per change that a driver comes across: 8 bits that counted every change would
+            # be back where they were after 256 (§4.1.4.3.1).
+            self._config_news = False
+            self.generation = (self.generation + 1) & 0xFF
         return int.from_bytes(self.device.config()[offset : offset + size], "little")
 
     def write_config(self, offset: int, size: int, value: int) -> None:
@@ -266,7 +272,7 @@ class Transport:
             return
         self.device.write_config(offset, value.to_bytes(size, "little"))
         if self.device.config() != before:
-            self.generation = (self.generation + 1) & 0xFF
+            self._config_news = True
 
     # Saving.
 
@@ -279,6 +285,7 @@ class Transport:
             "features": self.features,
             "isr": self.isr,
             "generation": self.generation,
+            "config_news": self._config_news,
             "queues": [registers.save() for registers in self.registers],
             "device": self.device.save(),
         }
@@ -291,6 +298,7 @@ class Transport:
         """
         for name in ("status", "legacy", "accepted", "features", "isr", "generation"):
             setattr(self, name, state[name])
+        self._config_news = state["config_news"]
         self.device.load(state["device"])
         for registers, saved in zip(self.registers, state["queues"], strict=True):
             registers.load(saved, self._memory, self.features)

@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 from devices.device import WARNING
-from devices.features import F_RING_RESET
+from devices.features import F_RING_PACKED, F_RING_RESET
 from devices.legacy import LegacyRegisters
 from devices.queueregs import QueueRegisters
 from devices.spec import COMMON_LENGTH, Block
@@ -199,7 +199,7 @@ class Registers:
         queue, bits = self._selected(), 8 * shift
         match field:
             case CommonCfg.QUEUE_SIZE:
-                queue.size = value
+                queue.resize(value, packed=bool(self.transport.features & F_RING_PACKED))
             case CommonCfg.QUEUE_ENABLE if value == 1:  # a driver must not write 0 (§4.1.4.3.2)
                 self.transport.enable_queue(self._queue)
             case CommonCfg.QUEUE_DESC:

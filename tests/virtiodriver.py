@@ -111,9 +111,9 @@ class VirtioDriver:
         return queues
 
     def start_legacy(
-        self, features: int = 0, *, arena_bytes: int = 1 << 19
+        self, features: int = 0, *, arena_bytes: int = 1 << 19, driver_ok: bool = True
     ) -> list[SplitDriver | PackedDriver]:
-        """The same through the legacy registers."""
+        """The same through the legacy registers; perhaps not quite to DRIVER_OK."""
         for status in (0, ACKNOWLEDGE, ACKNOWLEDGE | DRIVER):
             self.write(Block.LEGACY + Legacy.DEVICE_STATUS, 1, status)
         self.write(Block.LEGACY + 4, 4, features)
@@ -122,7 +122,9 @@ class VirtioDriver:
             self.write(Block.LEGACY + Legacy.QUEUE_SELECT, 2, index)
             self.write(Block.LEGACY + 8, 4, queue.desc_gpa // 4096)
             assert self.read(Block.LEGACY + 8, 4) == queue.desc_gpa // 4096
-        self.write(Block.LEGACY + Legacy.DEVICE_STATUS, 1, ACKNOWLEDGE | DRIVER | DRIVER_OK)
+        if driver_ok:
+            status = ACKNOWLEDGE | DRIVER | DRIVER_OK
+            self.write(Block.LEGACY + Legacy.DEVICE_STATUS, 1, status)
         return queues
 
     def drivers(

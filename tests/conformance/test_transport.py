@@ -291,6 +291,7 @@ def test_no_configuration_interrupt_before_driver_ok(lab: Lab) -> None:
     generation = lab.read(CommonCfg.CONFIG_GENERATION, 1)
     lab.config_changed()
     assert lab.interrupts == []
+    lab.read_config(0, 4)
     assert lab.read(CommonCfg.CONFIG_GENERATION, 1) != generation
 
 

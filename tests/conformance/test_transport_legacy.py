@@ -84,7 +84,7 @@ def test_a_queue_is_placed_by_page(lab: Lab) -> None:
 
 
 def test_page_0_lets_go_of_a_queue(lab: Lab) -> None:
-    """Writing 0 is the only way to take one queue back (§4.1.5.1.4.1)."""
+    """Writing 0 is the only way to take one queue back (§4.1.5.1.3.1)."""
     lab.write(SELECT, 2, 1)
     lab.write(PFN, 4, 0x20)
     lab.write(PFN, 4, 0x30)  # enabled: frozen

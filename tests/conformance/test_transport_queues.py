@@ -126,9 +126,10 @@ def test_split_sizes_that_are_right(lab: Lab, size: int) -> None:
 
 @pytest.mark.parametrize("size", [0, 3, 6, 100, QUEUE_SIZE_MAX * 2, 0x8000, 0xFFFF])
 def test_sizes_that_are_wrong(lab: Lab, size: int) -> None:
-    """0, no power of two, or above the limit: the queue stays disabled, and the log says so."""
+    """0, no power of two, or above the limit: size 0 (§4.1.4.3.1), and so the queue is none."""
     assert not set_up(lab, size=size, desc=0x10000, avail=0x20000, used=0x30000)
     assert "stays disabled" in lab.said[-1]
+    assert lab.read(CommonCfg.QUEUE_SIZE, 2) == 0
 
 
 def test_a_packed_queue_may_have_any_size() -> None:
