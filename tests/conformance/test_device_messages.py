@@ -113,7 +113,7 @@ def test_an_interrupted_frame_is_waited_for(host: DeviceHost) -> None:
     assert host.sync.receive_msg().data == 1
 
 
-def test_sequences_are_typed(spawner: Spawner) -> None:
+def test_two_devices_of_one_spawner_are_two(spawner: Spawner) -> None:
     """Two devices of one spawner do not see each other's registers."""
     hosts: Sequence[DeviceHost] = [DeviceHost("viornd", spawner=spawner) for _ in range(2)]
     hosts[0].start()
