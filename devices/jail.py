@@ -33,6 +33,8 @@ BEST_EFFORT: Final = "best-effort"
 OFF: Final = "off"
 
 # Beyond what a jail is made of: good to have, missing on kernels that are still in use.
+NOBODY: Final = privileges.NOBODY
+
 EXTRAS: Final = ("cgroup namespace", "no new code")
 
 _CODECS: Final = ("utf-8", "ascii", "latin-1", "unicode_escape", "utf-8-sig")
@@ -93,7 +95,6 @@ class _Findings:
 
 
 _found = _Findings()
-_programs: dict[str, bytes] = {}  # kind → seccomp filter
 
 
 def prepare(level: str, uid: int | None = None) -> None:
@@ -120,8 +121,6 @@ def prepare(level: str, uid: int | None = None) -> None:
             namespaces.map_self(own_uid, own_gid)
     if "mount namespace" not in _found.applied or not _done(namespaces.empty_root):
         _done(namespaces.vanished_root)
-    for kind, row in policy.DEVICES.items():
-        _programs[kind] = seccomp.program(row.calls, row.otherwise)
     # What is left makes namespaces, where a device process cannot have a user namespace for it.
     _done(lambda: privileges.drop_capabilities(keep=1 << privileges.CAP_SYS_ADMIN))
     _done(lambda: privileges.dumpable(False))
@@ -145,10 +144,11 @@ def fork(level: str) -> int:
     return pid
 
 
-def enter(kind: str, level: str) -> Report:
+def enter(kind: str, level: str, fds: Mapping[str, int] | None = None) -> Report:
     """Jail this process as a device of `kind`, for good.
 
-    Raises HostError if the level is "required" and the host cannot do it.
+    `fds` are its descriptors by the names that `policy` has for them. Raises HostError if the
+    level is "required" and the host cannot do it.
     """
     if level == OFF:
         return Report((), ())
@@ -167,10 +167,32 @@ def enter(kind: str, level: str) -> Report:
     # From here on no descriptor can be made.
     found.attempt("limits", lambda: privileges.limit({**policy.LIMITS, **row.limits}))
     found.insist(level)
-    code = _programs.get(kind) or seccomp.program(row.calls, row.otherwise)
-    names = {rule.name for rule in row.calls}
-    if found.attempt("seccomp", lambda: seccomp.install(code)):
-        found.have("seccomp", f"seccomp ({len(names)} system calls)")
+    _seccomp(found, row, fds or {})
+    found.insist(level)
+    return found.report()
+
+
+def confine(level: str, directory: str, uid: int, gid: int) -> Report:
+    """Confine this process as a VM process, to the files beneath `directory`.
+
+    As root it becomes `uid` and `gid`. For good, and for all threads there will be; call it while
+    there is one. Raises HostError if the level is "required" and the host cannot do it.
+    """
+    if level == OFF:
+        return Report((), ())
+    found, row = _Findings(), policy.VM_PROCESS
+    if os.geteuid() == 0:
+        found.attempt("owner", lambda: privileges.become(uid, gid, uid))
+    found.attempt("no capabilities", _drop_all)
+    found.attempt("limits", lambda: privileges.limit(row.limits))
+    found.attempt("not dumpable", lambda: privileges.dumpable(False))
+    found.attempt("no new code", privileges.no_new_code)
+    found.attempt("no_new_privs", privileges.no_new_privs)
+    # A start that fails takes its directory away again, empty.
+    beneath = {directory: row.files, os.path.dirname(directory): landlock.Access.REMOVE_DIR}
+    _landlock(found, beneath, signals=False)
+    found.insist(level)
+    _seccomp(found, row, {"self": os.getpid()})
     found.insist(level)
     return found.report()
 
@@ -204,10 +226,19 @@ def _drop_all() -> None:
         raise OSError(errno.EPERM, "some are still there")
 
 
-def _landlock(found: _Findings) -> None:
-    """Deny all that this kernel's Landlock can, and see that it does."""
+def _seccomp(found: _Findings, row: policy.Policy, numbers: Mapping[str, int]) -> None:
+    code = seccomp.program(row.calls, row.otherwise, numbers)
+    if found.attempt("seccomp", lambda: seccomp.install(code)):
+        names = {rule.name for rule in row.calls}
+        found.have("seccomp", f"seccomp ({len(names)} system calls)")
+
+
+def _landlock(
+    found: _Findings, allowed: Mapping[str, landlock.Access] | None = None, *, signals: bool = True
+) -> None:
+    """Deny all that this kernel's Landlock can but `allowed`, and see that it does."""
     try:
-        version = landlock.restrict()
+        version = landlock.restrict(allowed, signals=signals)
     except OSError as err:
         found.lack("Landlock", err.strerror or "")
         return
@@ -217,7 +248,7 @@ def _landlock(found: _Findings) -> None:
     try:
         os.close(os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     except PermissionError:
-        denies = ", ".join(landlock.denied(version))
+        denies = ", ".join(landlock.denied(version, signals=signals))
         found.have("Landlock", f"Landlock {version} ({denies})")
     else:
         found.lack("Landlock", "it lets directories be opened all the same")

@@ -39,8 +39,9 @@ def calls(names: str) -> tuple[Rule, ...]:
 
 
 # Memory of its own, none of it ever executable.
+_NO_EXEC: Final = (Arg(2, _PROT_EXEC, (0,)),)
 _MEMORY: Final = (
-    Rule("mmap", (Arg(2, _PROT_EXEC, (0,)),), "no PROT_EXEC"),
+    Rule("mmap", _NO_EXEC, "no PROT_EXEC"),
     *calls("munmap brk mremap madvise"),
 )
 
@@ -63,9 +64,43 @@ LIMITS: Final = {
     "NOFILE": 1,
 }
 
+_F_SETFL: Final = 4
+_AT_EMPTY_PATH: Final = 0x1000
+_KEEP_SIZE: Final = 1  # FALLOC_FL_*
+_PUNCH_HOLE: Final = 2
+_ZERO_RANGE: Final = 16
+_BLKDISCARD: Final = 0x1277
+_BLKGETSIZE64: Final = 0x80081272
+
 DEVICES: Final = {
     "viornd": Policy((*BASE, *calls("getrandom")), {"FSIZE": 0}),
+    "vioblk": Policy(
+        (
+            *calls("preadv2 pwritev2 preadv pwritev io_uring_enter"),
+            *BASE,
+            *calls("fdatasync ftruncate fstat"),
+            Rule("newfstatat", (Arg(3, _ANY, (_AT_EMPTY_PATH,)),), "of a descriptor"),
+            Rule(
+                "fallocate",
+                (Arg(1, _ANY, (_PUNCH_HOLE | _KEEP_SIZE, _ZERO_RANGE | _KEEP_SIZE)),),
+                "PUNCH_HOLE, ZERO_RANGE; KEEP_SIZE",
+            ),
+            # Of no other: the VM process, which shares the eventfds, must never be made to wait.
+            Rule("fcntl", (Arg(0, _ANY, ("image",)), Arg(1, _ANY, (_F_SETFL,))), "F_SETFL, image"),
+            Rule(
+                "ioctl", (Arg(1, _ANY, (_BLKDISCARD, _BLKGETSIZE64)),), "BLKDISCARD, BLKGETSIZE64"
+            ),
+        ),
+        {},
+    ),
 }
+
+
+def _beyond_base() -> list[str]:
+    """Name the calls that only some devices make, each once."""
+    rules = [rule for row in DEVICES.values() for rule in row.calls if rule not in BASE]
+    return list(dict.fromkeys(rule.name for rule in rules))
+
 
 # The spawner's own, and what a device does until it enters its jail: namespaces but no mounts,
 # no path (its root is empty), no new program.
@@ -74,20 +109,67 @@ SPAWNER: Final = Policy(
         # itself
         *calls("read write poll recvmsg sendmsg wait4 pidfd_open pidfd_send_signal pipe2"),
         *calls("clone unshare setsid getppid gettid set_robust_list rseq set_tid_address"),
-        # what every process does on its way
-        *BASE,
-        *calls("mprotect rt_sigaction sigaltstack exit sched_yield sched_getaffinity"),
+        Rule("mprotect", _NO_EXEC, "no PROT_EXEC"),
+        *calls("rt_sigaction sigaltstack exit sched_yield sched_getaffinity"),
         *calls("getuid geteuid getgid getegid sysinfo uname"),
+        # all that any device does later, since this filter stays in force beside the device's
+        *BASE,
+        *(Rule(name) for name in _beyond_base()),
         # a device before its jail
-        *calls("close_range dup dup2 dup3 fcntl ioctl lseek fstat newfstatat statx ftruncate"),
+        *calls("close_range dup dup2 dup3 fcntl ioctl lseek fstat newfstatat statx"),
         *calls("getsockname getsockopt setsockopt epoll_create1 eventfd2 timerfd_create"),
-        *calls("pread64 preadv pwrite64 pwritev fallocate fdatasync getrandom memfd_create"),
-        *calls("openat getdents64 readlink getcwd"),  # the root: to see that nothing is in it
-        *calls("io_uring_setup io_uring_register io_uring_enter"),
+        *calls("pread64 pwrite64 memfd_create io_uring_setup io_uring_register"),
         # the jail itself
-        *calls("prctl capget capset setrlimit prlimit64 seccomp chdir"),
+        *calls("prctl capget capset setrlimit prlimit64 seccomp"),
         *calls("landlock_create_ruleset landlock_restrict_self"),
+        *calls("openat getdents64"),  # to see that nothing is in the root
     ),
     {"CORE": 0},
     otherwise=refuse(errno.EPERM),
+)
+
+_KVM: Final = 0xAE00  # the "type" byte of every KVM ioctl (linux/kvm.h)
+_FIONBIO: Final = 0x5421
+_FIOCLEX: Final = 0x5451
+_CLONE_THREAD: Final = 0x00010000
+_CLONE_NEW_ANY: Final = 0x7E020000
+_PR_SET_NAME: Final = 15
+_AF_UNIX: Final = 1
+
+
+# The VM process, from when the devices are ready: before a kernel is loaded and a vCPU made.
+VM_PROCESS: Final = Policy(
+    (
+        # vCPUs and the event loop
+        Rule("ioctl", (Arg(1, 0xFF00, (_KVM,)),), "KVM"),
+        *calls("epoll_wait read write futex poll pselect6 clock_gettime clock_nanosleep"),
+        *calls("timerfd_settime timerfd_create eventfd2 epoll_ctl close"),
+        # channels to devices, clients of control and console
+        *calls("recvfrom sendto recvmsg sendmsg accept4 getsockopt setsockopt getsockname"),
+        Rule("ioctl", (Arg(1, _ANY, (_FIONBIO, _FIOCLEX)),), "FIONBIO, FIOCLEX"),
+        Rule("socketpair", (Arg(0, _ANY, (_AF_UNIX,)),), "AF_UNIX"),
+        *calls("fcntl getpid gettid geteuid"),
+        # vCPU threads, again at every reset, and how they are stopped
+        Rule("clone", (Arg(0, _CLONE_THREAD | _CLONE_NEW_ANY, (_CLONE_THREAD,)),), "threads"),
+        Rule("clone3", action=refuse(errno.ENOSYS), only="ENOSYS: use clone"),
+        Rule("tgkill", (Arg(0, _ANY, ("self",)),), "its own threads"),
+        Rule("prctl", (Arg(0, _ANY, (_PR_SET_NAME,)),), "PR_SET_NAME"),
+        *calls("set_robust_list rseq sched_getaffinity exit"),
+        Rule("mprotect", _NO_EXEC, "no PROT_EXEC"),
+        *_MEMORY,
+        *calls("rt_sigreturn rt_sigprocmask rt_sigaction restart_syscall"),
+        # kernel images, again at every reset
+        *calls("pread64 preadv preadv2 memfd_create fstat newfstatat"),
+        # log, console.log, vm.json, exit.json: where, is for Landlock to say
+        *calls("openat rename renameat unlink unlinkat rmdir ftruncate chdir dup2"),
+        # device processes that must end; the end
+        *calls("pidfd_send_signal wait4 getrandom exit_group"),
+    ),
+    {"CORE": 0},
+    Access.READ_FILE
+    | Access.READ_DIR
+    | Access.WRITE_FILE
+    | Access.TRUNCATE
+    | Access.MAKE_REG
+    | Access.REMOVE_FILE,
 )

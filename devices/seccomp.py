@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from devices import syscalls
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 ALLOW: Final = 0x7FFF0000
 KILL: Final = 0x80000000  # the process, not the thread
@@ -29,13 +29,14 @@ def refuse(error: int) -> int:
 class Arg(NamedTuple):
     """What an argument must be: `argument & mask` is one of `values`.
 
-    Compared are the low 32 bits, which are all that the kernel looks at in flags, commands and
-    process ids.
+    A word among the values stands for a number that only the running process knows: a descriptor,
+    its own id. Compared are the low 32 bits, which are all that the kernel looks at in flags,
+    commands, descriptors and process ids.
     """
 
     number: int  # 0 to 5
     mask: int
-    values: tuple[int, ...]
+    values: tuple[int | str, ...]
 
 
 class Rule(NamedTuple):
@@ -68,8 +69,13 @@ _GET_ACTION_AVAIL: Final = 2
 _FLAG_TSYNC: Final = 1
 
 
-def program(rules: Iterable[Rule], default: int = KILL) -> bytes:
-    """Return the filter as an array of struct sock_filter."""
+def program(
+    rules: Iterable[Rule], default: int = KILL, numbers: Mapping[str, int] | None = None
+) -> bytes:
+    """Return the filter as an array of struct sock_filter.
+
+    `numbers` says what the words in rules stand for; a word that is not in it matches nothing.
+    """
     code = [
         (_LOAD, 0, 0, _ARCH),
         (_JEQ, 1, 0, _AUDIT_ARCH_X86_64),
@@ -79,13 +85,13 @@ def program(rules: Iterable[Rule], default: int = KILL) -> bytes:
         (_RETURN, 0, 0, KILL),
     ]
     for rule in rules:
-        block = _tests(rule)
+        block = _tests(rule, numbers or {})
         code += [(_JEQ, 0, len(block), syscalls.NUMBERS[rule.name]), *block]
     code.append((_RETURN, 0, 0, default))
     return b"".join(_INSTRUCTION.pack(*instruction) for instruction in code)
 
 
-def _tests(rule: Rule) -> list[tuple[int, int, int, int]]:
+def _tests(rule: Rule, numbers: Mapping[str, int]) -> list[tuple[int, int, int, int]]:
     """The part of a program that is run for calls of this name; falls through if a test fails."""
     # Built from its end, so that every jump knows how far the end is.
     block = [(_RETURN, 0, 0, rule.action)]
@@ -93,7 +99,11 @@ def _tests(rule: Rule) -> list[tuple[int, int, int, int]]:
         block.append((_LOAD, 0, 0, _NR))  # the tests need the register that held it
     for arg in reversed(rule.args):
         compare: list[tuple[int, int, int, int]] = []
-        for later, value in enumerate(reversed(arg.values)):
+        values = [numbers.get(value) if isinstance(value, str) else value for value in arg.values]
+        known = [value for value in values if value is not None]
+        if not known:
+            return []
+        for later, value in enumerate(reversed(known)):
             miss = len(block) - 1 if later == 0 else 0  # to the _LOAD at the end
             compare.insert(0, (_JEQ, later, miss, value))
         head = [(_LOAD, 0, 0, _ARGS + 8 * arg.number)]
