@@ -1,15 +1,16 @@
 """Descriptor chains: what a driver's descriptors become before a device sees them.
 
 A descriptor is 16 bytes in guest memory that say "these bytes, in this direction, and there is
-more" (virtio 1.2 §2.7.5, §2.8.13). The guest may rewrite them while we look. So every chain is
-made in two steps that never mix:
-
-1. **copy**: each descriptor is read once into private integers (`follow`);
-2. **check**: only the copies are validated and turned into views of guest RAM (`build`).
+more" (virtio 1.2 §2.7.5, §2.8.13). The guest may rewrite it while we look. So each is read once,
+into private integers, and only those are checked and used: what was checked is what is used.
 
 After that a chain is data a device can trust: every view lies in RAM, readable ones come before
-writable ones, none is empty, and the number of steps was bounded. The *contents* of the views
-stay the guest's, and may change at any time: a device copies headers before it looks at them.
+writable ones and cannot be written to, none is empty, and the number of steps was bounded. The
+*contents* of the views stay the guest's, and may change at any time: a device copies headers
+before it looks at them.
+
+`walk` follows the links of a split table and makes views as it goes, since it is the hottest
+loop there is. `build` makes views of descriptors copied before. A test holds them together.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ DESC_F_INDIRECT: Final = 4  # addr and len are those of a table of descriptors
 MAX_CHAIN: Final = 1024
 MAX_BYTES: Final = 0xFFFF_FFFF  # used.len has 32 bits, and §2.7.5.2 forbids longer chains
 
-# A private copy of one descriptor: addr, len, flags, next (0 where the layout has no next).
-Desc = tuple[int, int, int, int]
+# A private copy of one descriptor: addr, len, flags.
+Desc = tuple[int, int, int]
 
+_BAD_INDIRECT: Final = "indirect descriptor that is nested, chained or not negotiated"
 _unpack: Final = DESC.unpack_from
 _WRITE_OR_INDIRECT: Final = DESC_F_WRITE | DESC_F_INDIRECT
 
@@ -69,23 +71,6 @@ class Chain:
         return f"Chain({self.head}, {self.readable_bytes} in, {self.writable_bytes} out)"
 
 
-def follow(table: memoryview | bytes, entries: int, index: int, limit: int) -> list[Desc]:
-    """Copy the chain of a split table that starts at `index`, at most `limit` descriptors.
-
-    Raises GuestError on an index outside the table and on a chain that does not end in time,
-    which is how a loop shows (§2.7.5.2).
-    """
-    copies: list[Desc] = []
-    for _ in range(limit):
-        if index >= entries:
-            raise GuestError(f"descriptor {index} in a table of {entries}")
-        copy = _, _, flags, index = _unpack(table, 16 * index)
-        copies.append(copy)
-        if not flags & DESC_F_NEXT:
-            return copies
-    raise GuestError(f"chain longer than {limit}")
-
-
 def indirect_table(memory: GuestMemory, table_gpa: int, length: int) -> memoryview | bytes:
     """Return an indirect table. Raises GuestError on a bad length or address.
 
@@ -99,25 +84,81 @@ def indirect_table(memory: GuestMemory, table_gpa: int, length: int) -> memoryvi
     return memory.read(table_gpa, length)
 
 
-def build(memory: GuestMemory, head: int, copies: list[Desc]) -> Chain:
-    """Turn copied descriptors into a chain of views; nothing here reads guest memory.
+def walk(
+    memory: GuestMemory, table: memoryview | bytes, entries: int, head: int, indirect: bool
+) -> Chain:
+    """Return the chain that starts at `head` of a split table; `indirect` says if negotiated.
 
-    Descriptors without bytes are legal and leave no view. Raises GuestError on a descriptor
-    outside RAM, a readable one after a writable one, an indirect one where none may be, and a
-    chain of 4 GiB or more.
+    Direct descriptors may come before an indirect one, whose WRITE flag means nothing
+    (§2.7.5.3.2). Those without bytes are legal and leave no view. Raises GuestError on an index
+    outside the table, a chain that does not end in time, which is how a loop shows, a buffer
+    outside RAM, a readable one after a writable one, a table where none may be, and a chain of
+    4 GiB or more (§2.7.4.2, §2.7.5.2, §2.7.5.3.1).
     """
     start, end, ram, rom = memory.hot
     readable: list[memoryview] = []
     writable: list[memoryview] = []
     views, source = readable, rom
     readable_bytes = writable_bytes = seams = 0
-    for addr, length, flags, _ in copies:
+    index = head
+    limit = entries if entries < MAX_CHAIN else MAX_CHAIN  # min() would cost 4 % of the chain
+    while True:  # once for the main table, and once more for an indirect one
+        for done in range(limit):
+            if index >= entries:
+                raise GuestError(f"descriptor {index} in a table of {entries}")
+            addr, length, flags, index = _unpack(table, 16 * index)
+            kind = flags & _WRITE_OR_INDIRECT
+            if kind == DESC_F_WRITE:
+                views, source = writable, ram
+                writable_bytes += length
+            elif kind:
+                if flags & DESC_F_NEXT or not indirect:
+                    raise GuestError(_BAD_INDIRECT)
+                table = indirect_table(memory, addr, length)
+                index, entries, indirect = 0, length // 16, False
+                limit = entries if entries < MAX_CHAIN - done else MAX_CHAIN - done
+                break
+            elif views is writable:
+                raise GuestError("readable descriptor after a writable one")
+            else:
+                readable_bytes += length
+            stop = addr + length
+            if start <= addr and stop <= end:
+                if length:
+                    views.append(source[addr - start : stop - start])
+            elif length:  # another region, or more than one, or not RAM at all
+                pieces = memory.views(addr, length)
+                views += pieces if kind else [piece.toreadonly() for piece in pieces]
+                seams += len(pieces) - 1
+                start, end, ram, rom = memory.hot
+                source = ram if kind else rom
+            if not flags & DESC_F_NEXT:
+                if readable_bytes + writable_bytes > MAX_BYTES:
+                    raise GuestError(f"chain of {readable_bytes + writable_bytes} bytes")
+                if seams and len(readable) + len(writable) > MAX_CHAIN:
+                    raise GuestError(f"chain of more than {MAX_CHAIN} pieces")
+                return Chain(head, readable, writable, readable_bytes, writable_bytes)
+        else:
+            raise GuestError(f"chain longer than {limit}")
+
+
+def build(memory: GuestMemory, head: int, copies: list[Desc]) -> Chain:
+    """Return the chain of descriptors copied before; nothing here reads guest memory.
+
+    The rules are those of `walk`, and so are the errors; no descriptor may be indirect.
+    """
+    start, end, ram, rom = memory.hot
+    readable: list[memoryview] = []
+    writable: list[memoryview] = []
+    views, source = readable, rom
+    readable_bytes = writable_bytes = seams = 0
+    for addr, length, flags in copies:
         kind = flags & _WRITE_OR_INDIRECT
         if kind == DESC_F_WRITE:
             views, source = writable, ram
             writable_bytes += length
         elif kind:
-            raise GuestError("indirect descriptor that is nested, chained or not negotiated")
+            raise GuestError(_BAD_INDIRECT)
         elif views is writable:
             raise GuestError("readable descriptor after a writable one")
         else:
@@ -126,14 +167,14 @@ def build(memory: GuestMemory, head: int, copies: list[Desc]) -> Chain:
         if start <= addr and stop <= end:
             if length:
                 views.append(source[addr - start : stop - start])
-        elif length:  # another region, or more than one, or not RAM at all
+        elif length:
             pieces = memory.views(addr, length)
             views += pieces if kind else [piece.toreadonly() for piece in pieces]
             seams += len(pieces) - 1
-            if len(copies) + seams > MAX_CHAIN:
-                raise GuestError(f"chain of more than {MAX_CHAIN} pieces")
             start, end, ram, rom = memory.hot
             source = ram if kind else rom
     if readable_bytes + writable_bytes > MAX_BYTES:
         raise GuestError(f"chain of {readable_bytes + writable_bytes} bytes")
+    if seams and len(readable) + len(writable) > MAX_CHAIN:
+        raise GuestError(f"chain of more than {MAX_CHAIN} pieces")
     return Chain(head, readable, writable, readable_bytes, writable_bytes)

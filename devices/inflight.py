@@ -96,7 +96,7 @@ class Inflight:
     def keep(self, slots: Sequence[int], copies: Sequence[Desc]) -> None:
         """Store the descriptors of a packed chain in `slots`, before its `take(slots[0], …)`."""
         base = 2 + 2 * self._size
-        for i, (addr, length, flags, _) in enumerate(copies):
+        for i, (addr, length, flags) in enumerate(copies):
             link = slots[i + 1] if i + 1 < len(slots) else 0
             self._q[base + 2 * slots[i]] = addr
             self._q[base + 2 * slots[i] + 1] = flags << 48 | link << 32 | length
@@ -187,7 +187,7 @@ class Inflight:
             rest = self._q[base + 2 * slot + 1]
             flags = rest >> 48
             slots.append(slot)
-            copies.append((self._q[base + 2 * slot], rest & 0xFFFF_FFFF, flags, 0))
+            copies.append((self._q[base + 2 * slot], rest & 0xFFFF_FFFF, flags))
             if not flags & DESC_F_NEXT:
                 return slots, copies
             slot = rest >> 32 & 0xFFFF

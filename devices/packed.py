@@ -120,7 +120,7 @@ class PackedQueue(VirtQueue):
             return None
         # Flags first, the rest after: the driver writes them the other way round.
         addr, length, head = _read_body(self._ring, 16 * place)
-        copies: list[Desc] = [(addr, length, flags, 0)]
+        copies: list[Desc] = [(addr, length, flags)]
         while flags & DESC_F_NEXT:
             if len(copies) >= self._limit:
                 raise GuestError(f"chain longer than {self._limit}")
@@ -131,7 +131,7 @@ class PackedQueue(VirtQueue):
             addr, length, head, flags = _read_desc(self._ring, 16 * place)
             if flags & MARKS != available:
                 raise GuestError(f"chain runs into descriptor {place}, which is not available")
-            copies.append((addr, length, flags, 0))
+            copies.append((addr, length, flags))
         count = len(copies)
         if self._nr_descs + count > self.size:
             raise GuestError(f"{self._nr_descs} + {count} descriptors in a ring of {self.size}")
@@ -152,11 +152,11 @@ class PackedQueue(VirtQueue):
 
     def _fetch(self, head: int, copies: list[Desc]) -> Chain:
         """Build a chain from its ring descriptors, or from the table that the only one names."""
-        addr, length, flags, _ = copies[0]
+        addr, length, flags = copies[0]
         if flags & DESC_F_INDIRECT and self._indirect and len(copies) == 1:
             # Entries follow one another, and of their flags only WRITE means anything (§2.8.7).
             table = DESC.iter_unpack(indirect_table(self._memory, addr, length))
-            copies = [(addr, length, flags & DESC_F_WRITE, 0) for addr, length, _, flags in table]
+            copies = [(addr, length, flags & DESC_F_WRITE) for addr, length, _, flags in table]
         return build(self._memory, head, copies)
 
     def _step(self, cursor: int, count: int) -> int:

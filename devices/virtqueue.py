@@ -22,7 +22,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from config.errors import GuestError
-from devices.chain import DESC_F_INDIRECT, MAX_CHAIN, Chain, Desc, build, follow, indirect_table
+from devices.chain import Chain, walk
 from devices.features import F_NOTIFY_ON_EMPTY, F_RING_PACKED
 from devices.inflight import Inflight
 from devices.packed import PackedQueue
@@ -66,7 +66,6 @@ class SplitQueue(VirtQueue):
     __slots__ = (
         "_avail",
         "_avail_event",
-        "_limit",
         "_mask",
         "_notify_on_empty",
         "_table",
@@ -94,7 +93,6 @@ class SplitQueue(VirtQueue):
         area = None if inflight is None else Inflight(inflight, size, packed=False)
         super().__init__(memory, size, features, area)
         self._mask = size - 1
-        self._limit = min(size, MAX_CHAIN)
         self._notify_on_empty = bool(features & F_NOTIFY_ON_EMPTY)
         self._used_event = 2 + size  # in 16-bit words from the start of the avail ring
         self._avail_event = 2 + 4 * size  # likewise, of the used ring
@@ -126,25 +124,12 @@ class SplitQueue(VirtQueue):
         head = self._avail[2 + (cursor & self._mask)]
         if head in self._in_flight:
             raise GuestError(f"head {head} offered again while in flight")
-        copies = follow(self._table, self.size, head, self._limit)
-        if copies[-1][2] & DESC_F_INDIRECT:
-            self._follow_indirect(copies)
-        chain = build(self._memory, head, copies)
+        chain = walk(self._memory, self._table, self.size, head, self._indirect)
         if self._area is not None:
             self._area.take(head, head)
         self._in_flight[head] = cursor
         self._next_avail = (cursor + 1) & 0xFFFF
         return chain
-
-    def _follow_indirect(self, copies: list[Desc]) -> None:
-        """Put the descriptors of an indirect table in place of the one that names it.
-
-        That one's WRITE flag means nothing, and direct ones may come before it (§2.7.5.3.2).
-        """
-        if self._indirect:
-            addr, length, _, _ = copies.pop()
-            table, entries = indirect_table(self._memory, addr, length), length // 16
-            copies += follow(table, entries, 0, min(entries, MAX_CHAIN - len(copies)))
 
     def push(self, head: int, written: int) -> None:
         """Give a chain back; `written` counts bytes stored in its writable part (§2.7.8)."""
@@ -253,7 +238,4 @@ class SplitQueue(VirtQueue):
         return (self._next_used + len(self._in_flight)) & 0xFFFF
 
     def _rebuild(self, area: Inflight, entry: int) -> Chain:
-        copies = follow(self._table, self.size, entry, self._limit)
-        if copies[-1][2] & DESC_F_INDIRECT:
-            self._follow_indirect(copies)
-        return build(self._memory, entry, copies)
+        return walk(self._memory, self._table, self.size, entry, self._indirect)

@@ -202,7 +202,8 @@ class SplitDriver(DriverQueue):
     def disable_calls(self) -> None:
         """Tell the device that calls are not needed."""
         if self.event_idx:
-            self.set_used_event((self._next_used - 1) & 0xFFFF)
+            # Far from the entries just taken, too: the device may not have asked about those yet.
+            self.set_used_event((self._next_used + 0x8000) & 0xFFFF)
         else:
             self.set_avail_flags(1)
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from devices.chain import DESC, MAX_CHAIN
-from devices.features import F_INDIRECT_DESC
+from devices.features import F_INDIRECT_DESC, F_RING_PACKED
 from devices.guestmem import Region
 from devices.virtqueue import VirtQueue
 from tests.conformance.ring_lab import BASE, BUF, INDIRECT, RAM, N, W, refused
-from tests.driver import Segment, SplitDriver, make_memory
+from tests.driver import Segment, SplitDriver, make_memory, open_driver
 
 if TYPE_CHECKING:
     from devices.guestmem import GuestMemory
@@ -318,20 +318,28 @@ def test_2_7_5_3_table_may_cross_a_seam_of_ram() -> None:
     assert b"".join(chain.readable) == b"across"
 
 
-def test_2_7_5_buffer_may_cross_a_seam_of_ram() -> None:
-    """A buffer over two mappings becomes two views, in order, readable ones still read-only."""
+@pytest.mark.parametrize("layout", [0, F_RING_PACKED])
+def test_2_7_5_buffer_may_cross_a_seam_of_ram(layout: int) -> None:
+    """A buffer over two mappings becomes two views, in order; readable ones stay read-only."""
     memory = make_memory(16 << 12, [Region(0, 8 << 12, 0), Region(8 << 12, 4 << 12, 12 << 12)])
-    driver = SplitDriver(memory, 8, 0, 0)
+    driver = open_driver(memory, 8, 0, layout)
     queue = driver.open_device()
     seam = 8 << 12
     memory.write(seam - 4, b"leftright")
-    driver.submit(driver.place_at([Segment(seam - 4, 9, False), Segment(seam - 4, 9, True)]))
+    places = [(seam - 4, 9), (seam, 5), (seam - 4, 4)]  # across, behind it, before it again
+    driver.submit(
+        driver.place_at(
+            [Segment(*place, writable) for writable in (False, True) for place in places]
+        )
+    )
     chain = queue.pop()
     assert chain is not None
-    assert [bytes(view) for view in chain.readable] == [b"left", b"right"]
+    expected = [b"left", b"right", b"right", b"left"]
+    assert [bytes(view) for view in chain.readable] == expected
+    assert [bytes(view) for view in chain.writable] == expected
     assert all(view.readonly for view in chain.readable)
     assert not any(view.readonly for view in chain.writable)
-    assert chain.writable_bytes == 9
+    assert chain.writable_bytes == 18
 
 
 def test_seams_cannot_make_a_chain_longer_than_iov_max() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.errors import GuestError
-from devices.chain import DESC, MAX_CHAIN, build
+from devices.chain import DESC, MAX_CHAIN, Desc, build, walk
 from devices.features import F_INDIRECT_DESC, F_RING_PACKED
 from devices.guestmem import GuestMemory, Region
 from devices.inflight import Inflight, inflight_bytes
@@ -139,33 +139,54 @@ def test_cve_2016_6490_zero_length_buffers_make_progress(layout: int) -> None:
     refused(loop)
 
 
-@both_layouts
+POISON = DESC.pack(1 << 50, 0xFFFF_FFFF, 0xFFFF, 0xFFFF)
+SINGLE_FETCH = pytest.mark.parametrize(
+    "elements",
+    [
+        pytest.param([(BUF, 5, N), (BUF + 16, 7, W)], id="direct"),
+        pytest.param([(BUF + 64, 32, INDIRECT)], id="indirect"),
+    ],
+)
+
+
+@SINGLE_FETCH
 def test_xsa_155_cve_2015_8550_cve_2020_14375_single_fetch(
-    layout: int, monkeypatch: pytest.MonkeyPatch
+    elements: list[Element], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was checked is what is used: the guest rewrites everything between the two steps.
+    """What was checked is what is used: the guest spoils each descriptor as soon as it is read."""
+    driver, queue = start(0)
+    driver.memory.write(BUF, b"first")
+    table(driver, BUF + 64, [(BUF, 5, N), (BUF + 16, 7, W)])
 
-    The chain is that of the first reading, and no address of the second is ever looked at.
-    """
-    for elements in (
-        [(BUF, 5, N), (BUF + 16, 7, W)],
-        [(BUF + 64, 32, INDIRECT)],
-    ):
-        driver, queue = start(layout)
-        driver.memory.write(BUF, b"first")
-        table(driver, BUF + 64, [(BUF, 5, 0 if layout else N), (BUF + 16, 7, W)])
+    def read_and_spoil(rows: memoryview, at: int) -> tuple[int, ...]:
+        row = DESC.unpack_from(rows, at)
+        driver.memory.write((BASE if len(rows) == 16 * 8 else BUF + 64) + at, POISON)
+        return row
 
-        def strike(memory: GuestMemory, head: int, copies: list[Any]) -> Chain:
-            poison = DESC.pack(1 << 50, 0xFFFF_FFFF, 0xFFFF, 0xFFFF)
-            memory.write(BASE, poison * 8)
-            memory.write(BUF + 64, poison * 2)
-            return build(memory, head, copies)
+    monkeypatch.setattr("devices.chain._unpack", read_and_spoil)
+    offer(driver, 2, *elements)
+    chain = pop(queue)
+    assert (chain.head, b"".join(chain.readable), chain.writable_bytes) == (2, b"first", 7)
 
-        module = "packed" if layout else "virtqueue"
-        monkeypatch.setattr(f"devices.{module}.build", strike)
-        offer(driver, 2, *elements)
-        chain = pop(queue)
-        assert (chain.head, b"".join(chain.readable), chain.writable_bytes) == (2, b"first", 7)
+
+@SINGLE_FETCH
+def test_xsa_155_cve_2020_14375_single_fetch_packed(
+    elements: list[Element], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same for a packed ring: all of it is spoiled between copying and checking."""
+    driver, queue = start(F_RING_PACKED)
+    driver.memory.write(BUF, b"first")
+    table(driver, BUF + 64, [(BUF, 5, 0), (BUF + 16, 7, W)])
+
+    def spoil_and_build(memory: GuestMemory, head: int, copies: list[Desc]) -> Chain:
+        memory.write(BASE, POISON * 8)
+        memory.write(BUF + 64, POISON * 2)
+        return build(memory, head, copies)
+
+    monkeypatch.setattr("devices.packed.build", spoil_and_build)
+    offer(driver, 2, *elements)
+    chain = pop(queue)
+    assert (chain.head, b"".join(chain.readable), chain.writable_bytes) == (2, b"first", 7)
 
 
 def test_xsa_155_flags_are_read_once() -> None:
@@ -276,20 +297,33 @@ def test_cve_2020_10725_fast_path_checks_like_the_slow_one(
     """Chains at the seams of RAM: views equal those of the plain accessor, or both refuse."""
     memory = SEAMED
     rows.sort(key=lambda row: row[2])
-    copies = [(addr, length, W if write else 0, 0) for addr, length, write in rows]
+    copies = [(addr, length, W if write else 0) for addr, length, write in rows]
+    last = len(rows) - 1
+    linked = b"".join(
+        DESC.pack(addr, length, flags | (N if i < last else 0), i + 1)
+        for i, (addr, length, flags) in enumerate(copies)
+    )
+    ways: tuple[Callable[[], Chain], ...] = (
+        lambda: build(memory, 0, copies),
+        lambda: walk(memory, linked, len(rows), 0, indirect=False),
+    )
     try:
         expected = [[memory.views(a, n) for a, n, w in rows if w is kind] for kind in (False, True)]
     except GuestError:
-        with pytest.raises(GuestError):
-            build(memory, 0, copies)
+        for way in ways:
+            with pytest.raises(GuestError):
+                way()
         return
-    chain = build(memory, 0, copies)
-    for got, lists in zip((chain.readable, chain.writable), expected, strict=True):
-        want = [view for views in lists for view in views]
-        assert [(len(view), view.obj) for view in got] == [(len(view), view.obj) for view in want]
-        assert [bytes(view[:9]) for view in got] == [bytes(view[:9]) for view in want]
-    assert all(view.readonly for view in chain.readable)
-    assert not any(view.readonly for view in chain.writable)
+    for way in ways:
+        chain = way()
+        for got, lists in zip((chain.readable, chain.writable), expected, strict=True):
+            want = [view for views in lists for view in views]
+            assert [(len(view), view.obj) for view in got] == [
+                (len(view), view.obj) for view in want
+            ]
+            assert [bytes(view[:9]) for view in got] == [bytes(view[:9]) for view in want]
+        assert all(view.readonly for view in chain.readable)
+        assert not any(view.readonly for view in chain.writable)
 
 
 def _seamed() -> GuestMemory:
