@@ -1,7 +1,7 @@
 """Requests that overlap: what `blkserve.Server` does, with many in flight by io_uring.
 
-For images opened with O_DIRECT, where every request waits for the medium. Whatever the kernel
-cannot do to the end at once (memory that is not aligned, an image that ends early) is left to
+For images opened with O_DIRECT, where every request waits for the medium. What the kernel cannot
+do to the end (memory that is not aligned, an image that ends early, no worker thread) is left to
 Server, when nothing else is in flight.
 """
 
@@ -12,7 +12,7 @@ import os
 from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
-from devices.blkreq import S_OK, T_FLUSH, T_FLUSH_OUT, T_IN, T_WRITE_ZEROES, Request
+from devices.blkreq import S_OK, T_FLUSH, T_FLUSH_OUT, T_IN, T_OUT, T_WRITE_ZEROES, Request
 from devices.blkserve import Done, Server, finish, joined
 from devices.uring import Ring
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from devices.device import Host
     from devices.raw import Disk
 
+# Not aligned; no thread for what has to wait in the kernel. Server can do these all the same.
+_NOT_HERE: Final = (-errno.EINVAL, -errno.ECANCELED, -errno.EAGAIN)
 DEPTH: Final = 256  # requests in flight, of all queues: more than any device works on at once
 
 
@@ -87,7 +89,7 @@ class OverlappingServer(Server):
             self._ring.sync(self._launch(queue, [request], 0), self.disk.fd)
             return
         if request[0] == T_WRITE_ZEROES:
-            self.drain()  # zeroes that are not aligned go through the page cache
+            self.drain()  # zeroes that are not aligned take what is around them along
         super()._special(queue, request, done)
 
     def _launch(self, queue: int, run: list[Request], length: int) -> int:
@@ -116,7 +118,7 @@ class OverlappingServer(Server):
             elif len(run) > 1:  # which of them it was shows when each flies alone
                 for request in run:
                     self._transfer(queue, [request], done)
-            elif result >= 0 or result == -errno.EINVAL:
+            elif result >= 0 or result in _NOT_HERE:
                 self._odd.append((queue, run[0]))
             else:
                 self._failed(run[0], OSError(-result, os.strerror(-result)), done)
@@ -128,7 +130,10 @@ class OverlappingServer(Server):
             self._land()
         odd, self._odd = self._odd, []
         for queue, request in odd:
-            super()._transfer(queue, [request], self._landed[queue])
+            if request[0] in (T_IN, T_OUT):
+                super()._transfer(queue, [request], self._landed[queue])
+            else:
+                super()._special(queue, request, self._landed[queue])
 
     def _give_back(self) -> None:
         landed, self._landed = self._landed, defaultdict(list)

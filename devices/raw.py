@@ -7,8 +7,8 @@ then on.
 
 **O_DIRECT** wants memory, offset and length aligned to blocks whose size depends on file system
 and device. Instead of knowing it we try: EINVAL means "not aligned", and that one transfer goes
-through the page cache. The kernel keeps both ways coherent as long as they do not run at the same
-time, so whoever overlaps requests waits for them first.
+through a buffer of ours, in whole pages. A write then reads what is around it and writes that
+back, so whoever overlaps requests does these when nothing else is in flight.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from config.errors import ConfigError, HostError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 SECTOR: Final = 512
 IOV_MAX: Final = 1024  # views in one call
@@ -35,6 +35,8 @@ _ZERO_RANGE: Final = 0x10 | 0x01  # FALLOC_FL_ZERO_RANGE | KEEP_SIZE
 _BLKDISCARD: Final = 0x1277  # linux/fs.h
 _BLKSSZGET: Final = 0x1268
 _BLKGETSIZE64: Final = 0x80081272
+_PAGE: Final = mmap.PAGESIZE  # no device's blocks are larger
+_BOUNCE: Final = 1 << 20  # bytes of the buffer for what is not aligned
 _NOT_THERE: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY)
 
 # Private and never written, so that all of it is the kernel's one page of zeroes; page aligned.
@@ -85,7 +87,8 @@ class Raw:
         status = os.fstat(fd)
         self.fd = fd
         self.readonly = flags & os.O_ACCMODE == os.O_RDONLY
-        self._flags = flags
+        self._direct = bool(flags & os.O_DIRECT)
+        self._buffer: memoryview | None = None
         self._is_file = stat.S_ISREG(status.st_mode)
         self.size = self._find_size()
         # Block devices are discarded in whole blocks of their own, files in those of their system.
@@ -102,10 +105,13 @@ class Raw:
             done = os.preadv(self.fd, views, offset)
         except OSError as err:
             self._check_alignment(err)
-            done = 0
-        if done == length:
-            return done
-        return self._go_on(os.preadv, views, offset, length, done)
+            return self._bounce(views, offset, length, None)
+        while 0 < done < length:  # the kernel stops at 2 GiB, at a signal, and for good at the end
+            got = self.read(_skip(views, done), offset + done, length - done)
+            if not got:
+                break
+            done += got
+        return done
 
     def write(
         self, views: Sequence[memoryview], offset: int, length: int, *, stable: bool = False
@@ -116,44 +122,45 @@ class Raw:
             done = os.pwritev(self.fd, views, offset, flags)
         except OSError as err:
             self._check_alignment(err)
-            done = 0
-        if done == length:
-            return done
-
-        def write(fd: int, views: Sequence[memoryview], offset: int) -> int:
-            return os.pwritev(fd, views, offset, flags)
-
-        return self._go_on(write, views, offset, length, done)
+            return self._bounce(views, offset, length, flags)
+        while 0 < done < length:
+            done += self.write(_skip(views, done), offset + done, length - done, stable=stable)
+        return done
 
     def _check_alignment(self, err: OSError) -> None:
-        """Raise `err` unless the page cache can help."""
-        if err.errno != errno.EINVAL or not self._flags & os.O_DIRECT:
+        """Raise `err` unless it may be a matter of alignment."""
+        if err.errno != errno.EINVAL or not self._direct:
             raise err
 
-    def _go_on(
-        self,
-        transfer: Callable[[int, Sequence[memoryview], int], int],
-        views: Sequence[memoryview],
-        offset: int,
-        length: int,
-        done: int,
+    def _bounce(
+        self, views: Sequence[memoryview], offset: int, length: int, flags: int | None
     ) -> int:
-        """Do the rest of a transfer that ended early, through the page cache; return all done.
+        """Transfer in whole pages through a buffer: write with `flags`, or read if that is None.
 
-        The kernel stops at 2 GiB, at a signal, and at the end of the image; only the last stays.
+        Returns how many bytes were transferred.
         """
-        direct = self._flags & os.O_DIRECT
-        if direct:
-            fcntl.fcntl(self.fd, fcntl.F_SETFL, self._flags & ~os.O_DIRECT)
-        try:
-            while done < length:
-                got = transfer(self.fd, _skip(views, done), offset + done)
-                if not got:
+        self._buffer = self._buffer or memoryview(mmap.mmap(-1, _BOUNCE))
+        done = 0
+        while done < length:
+            at = offset + done
+            start = at - at % _PAGE
+            stop = min(offset + length, start + _BOUNCE)
+            pages = self._buffer[: -(-(stop - start) // _PAGE) * _PAGE]
+            filled = os.preadv(self.fd, [pages], start)
+            piece = pages[at - start : stop - start]
+            if flags is None:
+                piece = piece[: max(filled - (at - start), 0)]
+                if not piece:
                     break
-                done += got
-        finally:
-            if direct:
-                fcntl.fcntl(self.fd, fcntl.F_SETFL, self._flags)
+                _copy(piece, _skip(views, done), fill=True)
+            else:
+                pages[filled:] = bytes(len(pages) - filled)
+                _copy(piece, _skip(views, done), fill=False)
+                size = os.fstat(self.fd).st_size
+                os.pwritev(self.fd, [pages], start, flags)
+                if self._is_file and start + len(pages) > size:
+                    os.ftruncate(self.fd, max(size, stop))
+            done += len(piece)
         return done
 
     def flush(self) -> None:
@@ -167,7 +174,7 @@ class Raw:
         try:
             os.fdatasync(self.fd)
         except OSError as err:
-            if not self._flags & os.O_DIRECT:
+            if not self._direct:
                 self._lost = err.errno or errno.EIO
             raise
 
@@ -248,6 +255,18 @@ def _skip(views: Sequence[memoryview], count: int) -> list[memoryview]:
             left.append(view[count:])
         count = max(count - len(view), 0)
     return left
+
+
+def _copy(piece: memoryview, views: Sequence[memoryview], *, fill: bool) -> None:
+    """Copy a piece into the views, or the piece out of them if not `fill`."""
+    at = 0
+    for view in views:
+        part = piece[at : at + len(view)]
+        if fill:
+            view[: len(part)] = part
+        else:
+            part[:] = view[: len(part)]
+        at += len(part)
 
 
 def _ioctl_int(fd: int, request: int) -> int:

@@ -162,9 +162,9 @@ def test_a_failed_run_flies_again_in_parts(blk: BlkLab, ring: SlowRing) -> None:
     assert blk.said == ["read of 4096 bytes at 0x1000: Input/output error"]
 
 
-@pytest.mark.parametrize("result", [-errno.EINVAL, 0, 512])
+@pytest.mark.parametrize("result", [-errno.EINVAL, -errno.ECANCELED, -errno.EAGAIN, 0, 512])
 def test_odd_ones_are_done_alone(blk: BlkLab, ring: SlowRing, result: int) -> None:
-    """What is unaligned, or came back short, is done when nothing else is in flight."""
+    """What is unaligned, short, or needs a thread that is not there, is done alone."""
     other, odd = read(blk, 64), read(blk, 0)
     kick(blk)
 
@@ -173,6 +173,20 @@ def test_odd_ones_are_done_alone(blk: BlkLab, ring: SlowRing, result: int) -> No
 
     assert ring.flying == []
     assert collect(blk) == {other: good(64), odd: good(0)}
+
+
+def test_a_flush_without_a_worker_thread(
+    blk: BlkLab, ring: SlowRing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the kernel may not start a thread for it, a flush is done here."""
+    calls = record_calls(monkeypatch, "fdatasync")
+    token = blk.offer([HEADER.pack(T_FLUSH, 0, 0)], [1])
+    kick(blk)
+    ring.land(-errno.ECANCELED)
+    ready(blk)
+
+    assert collect(blk) == {token: Answer(S_OK, 1, b"")}
+    assert calls == ["fdatasync"]
 
 
 def test_an_image_that_shrank(blk: BlkLab, ring: SlowRing) -> None:

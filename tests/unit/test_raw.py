@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import mmap
 import os
 import resource
@@ -201,7 +200,7 @@ def direct(image: Path, open_raw: Callable[..., Raw]) -> Raw:
 
 def test_aligned_transfers_are_direct(direct: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
     """Aligned memory, offset and length go to the disk at once."""
-    monkeypatch.setattr(Raw, "_go_on", None)
+    monkeypatch.setattr(Raw, "_bounce", None)
     memory = pages(8192)
 
     assert direct.read(pieces(memory, 4096, 4096), 4096, 8192) == 8192
@@ -210,7 +209,7 @@ def test_aligned_transfers_are_direct(direct: Raw, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("skew", [1, 16, 512])
-def test_unaligned_memory_goes_through_the_page_cache(direct: Raw, image: Path, skew: int) -> None:
+def test_unaligned_memory_goes_through_a_buffer(direct: Raw, image: Path, skew: int) -> None:
     """Where the kernel wants aligned memory and gets none, the bytes still arrive."""
     memory = pages(16384)
     view = memoryview(memory)[skew : skew + 4096]
@@ -218,41 +217,75 @@ def test_unaligned_memory_goes_through_the_page_cache(direct: Raw, image: Path, 
     assert direct.read([view], 8192, 4096) == 4096
     assert view == PATTERN[8192 : 8192 + 4096]
     view[:] = b"z" * 4096
-    assert direct.write([view], 8192, 4096) == 4096
+    assert direct.write([view.toreadonly()], 8192, 4096) == 4096
     assert image.read_bytes()[8192 : 8192 + 4096] == b"z" * 4096
 
 
-def test_unaligned_offsets_go_through_the_page_cache(direct: Raw, image: Path) -> None:
-    """A sector is readable and writable where the device has larger blocks; others keep theirs."""
-    memory = pages(4096)
-    view = memoryview(memory)[:513]
+@pytest.mark.parametrize(
+    ("offset", "length"), [(777, 513), (0, 1), (4095, 2), (100, SIZE - 100), (4096, 8191)]
+)
+def test_unaligned_offsets_go_through_a_buffer(
+    direct: Raw, image: Path, offset: int, length: int
+) -> None:
+    """What is part of a block can be read and written; its neighbours keep their bytes."""
+    memory = pages(SIZE + 8)
+    views = pieces(memory, 1, length - 1) if length > 1 else pieces(memory, 1)
 
-    assert direct.read([view], 777, 513) == 513
-    assert view == PATTERN[777 : 777 + 513]
-    view[:] = b"q" * 513
-    assert direct.write([view], 777, 513) == 513
+    assert direct.read(views, offset, length) == length
+    assert memory[:length] == PATTERN[offset : offset + length]
+    memory[:length] = b"q" * length
+    assert direct.write(views, offset, length, stable=True) == length
 
-    assert image.read_bytes() == PATTERN[:777] + b"q" * 513 + PATTERN[777 + 513 :]
+    assert image.read_bytes() == PATTERN[:offset] + b"q" * length + PATTERN[offset + length :]
 
 
-def test_o_direct_comes_back(direct: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page cache helps with one transfer, also with one that fails: the next is direct."""
-    direct.read([memoryview(pages(4096))[1:514]], 777, 513)
-    assert fcntl.fcntl(direct.fd, fcntl.F_GETFL) & os.O_DIRECT
+def test_an_image_that_ends_inside_a_page_keeps_its_size(direct: Raw, image: Path) -> None:
+    """The last sectors of an odd image are reachable, and writing them does not make it longer."""
+    os.truncate(image, SIZE - 1024)
+    view = memoryview(pages(4096))[1:513]
 
-    calls = []
+    assert direct.read([view], SIZE - 1536, 512) == 512
+    assert view == PATTERN[SIZE - 1536 : SIZE - 1024]
+    view[:] = b"e" * 512
+    assert direct.write([view], SIZE - 1536, 512) == 512
+
+    assert image.read_bytes() == PATTERN[: SIZE - 1536] + b"e" * 512
+
+
+def test_a_buffered_read_ends_where_the_image_does(direct: Raw, image: Path) -> None:
+    """Nothing is made up past the end, also where the buffer held something before."""
+    direct.read([memoryview(pages(8192))[1:4097]], 0, 4096)
+    os.truncate(image, 700)
+    view = memoryview(pages(8192))[1:1025]
+
+    assert direct.read([view], 512, 1024) == 188
+    assert view == PATTERN[512:700] + bytes(836)
+    assert direct.read([view], 4096, 512) == 0
+
+
+def test_a_buffered_write_past_the_end_leaves_zeroes(direct: Raw, image: Path) -> None:
+    """Between the old end and what is written are zeroes, not what the buffer held before."""
+    direct.read([memoryview(pages(8192))[1:4097]], 0, 4096)
+    os.truncate(image, 700)
+
+    direct.write([memoryview(pages(4096))[1:101]], 1000, 100)
+
+    assert image.read_bytes() == PATTERN[:700] + bytes(400)
+
+
+def test_an_error_in_the_buffer_is_an_error(direct: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EINVAL makes us try; whatever comes then is the answer."""
+    numbers = [errno.EINVAL, errno.EIO]
 
     def fail(*_: Any) -> int:
-        calls.append(fcntl.fcntl(direct.fd, fcntl.F_GETFL) & os.O_DIRECT)
-        number = errno.EIO if len(calls) > 1 else errno.EINVAL
+        number = numbers.pop(0)
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(OSError, match="Input/output error"):
         direct.read([memoryview(pages(4096))], 0, 4096)
 
-    assert calls == [os.O_DIRECT, 0]
-    assert fcntl.fcntl(direct.fd, fcntl.F_GETFL) & os.O_DIRECT
+    assert not numbers
 
 
 # Flush
