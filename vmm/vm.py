@@ -168,9 +168,10 @@ class VirtualMachine:
         self._reset("a client's command", cause)
 
     def power_button(self) -> None:
-        """Press the ACPI power button."""
+        """Press the ACPI power button. Raises HostError if the guest does not listen to it."""
         self._need_running()
-        self._machine.board.pm.power_button()
+        if not self._machine.board.pm.power_button():
+            raise HostError("the guest does not listen to its power button", vm=self.name)
         self._control.emit("POWERDOWN")
 
     def ctrl_alt_del(self) -> None:
@@ -180,8 +181,9 @@ class VirtualMachine:
             raise HostError("the guest does not listen to its keyboard", vm=self.name)
 
     def send_break(self) -> None:
-        """Send a BREAK on the serial line."""
-        self._machine.board.uart.send_break()
+        """Send a BREAK on the serial line. Raises HostError if the guest has no room for it."""
+        if not self._machine.board.uart.send_break():
+            raise HostError("the guest does not read its serial line", vm=self.name)
 
     def quit(self, cause: str) -> None:
         """End the VM without asking the guest."""
