@@ -50,11 +50,10 @@ class Lab:
 
     def serve(self, until: Callable[[], bool] = lambda: False) -> None:
         """Serve until the guest has ended or `until` holds. Fails after DEADLINE."""
-        self._until = until
         deadline = self.loop.timer(self._late)
         deadline.arm(DEADLINE)
-        self._look()
-        self.loop.run()
+        while not (self.ended or until() or self._overdue):
+            self.loop.run()  # ends after every event
         deadline.close()
         assert not self._overdue, f"guest hangs: {self.lines} {bytes(self.serial)!r}"
 
@@ -68,11 +67,6 @@ class Lab:
         self.machine.close()
         self._images.close()
         self.loop.close()
-
-    def _look(self) -> None:
-        if self.ended or self._until():
-            # From a call, so that a loop that is about to start stops as well.
-            self.loop.call(self.loop.stop)
 
     def _late(self) -> None:
         self._overdue = True
@@ -89,23 +83,23 @@ class Lab:
         self.machine.power_off()
         self.machine.power_on()
         self.machine.resume()
-        self._look()
+        self.loop.stop()
 
     def power_off(self, reason: str) -> None:
         self.powered_off = reason
-        self.loop.call(self._look)
+        self.loop.call(self.loop.stop)
 
     def debug_exit(self, status: int) -> None:
         self.status = status
-        self.loop.call(self._look)
+        self.loop.call(self.loop.stop)
 
     def failed(self, error: KvmError) -> None:
         self.error = error
-        self.loop.call(self._look)
+        self.loop.call(self.loop.stop)
 
     def transmit(self, data: bytes) -> None:
         self.serial += data
-        self.loop.call(self._look)
+        self.loop.call(self.loop.stop)
 
     def debug_line(self, line: str) -> None:
         self.lines.append(line)
