@@ -39,6 +39,8 @@ EXTRAS: Final = ("cgroup namespace", "no new code")
 
 _CODECS: Final = ("utf-8", "ascii", "latin-1", "unicode_escape", "utf-8-sig")
 
+_SPACE: Final = " namespace"
+
 
 class Report(NamedTuple):
     """What was really applied to this process, and what this host lacks and why."""
@@ -48,7 +50,10 @@ class Report(NamedTuple):
 
     def summary(self) -> str:
         """Return what applies, in one line for the log."""
-        return "jail: " + (", ".join(self.applied) or "none")
+        spaces = [step.removesuffix(_SPACE) for step in self.applied if step.endswith(_SPACE)]
+        rest = [step for step in self.applied if not step.endswith(_SPACE)]
+        named = [f"namespaces ({', '.join(spaces)})"] if spaces else []
+        return "jail: " + (", ".join(named + rest) or "none")
 
 
 class _Findings:
@@ -199,7 +204,7 @@ def confine(level: str, directory: str, uid: int, gid: int) -> Report:
 
 def _note_spaces(failed: Mapping[str, str], spaces: list[str]) -> None:
     for name in spaces:
-        step = f"{name} namespace"
+        step = name + _SPACE
         if name not in failed:
             _found.have(step)
         elif step not in _found.applied:  # else the spawner's serves
