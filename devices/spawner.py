@@ -23,7 +23,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from config.errors import HostError, PyvmError
-from devices import jail, process, title
+from devices import jail, process, title, words
 from devices.device import ERROR
 from devices.guestmem import Region
 from devices.process import Order
@@ -93,8 +93,8 @@ class Spawner:
         """Import the module of a kind of device; if that fails, no such device can be launched."""
         try:
             self._kinds[kind] = __import__(f"devices.{kind}", fromlist=["create"]).create
-        except ImportError as err:
-            self._broken[kind] = str(err)
+        except Exception as err:  # whatever is wrong with it, other kinds are not
+            self._broken[kind] = words.explain(err)
 
     def run(self) -> None:
         """Serve until the VM process hangs up or talks nonsense."""
