@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from config.model import VmConfig
-    from vmm.owner import Owner
 
 CANCEL_SECONDS: Final = 5.0  # for a VM process to tidy up after itself before SIGKILL
 
@@ -67,13 +66,12 @@ def run(config: VmConfig, started: Callable[[Started], None], *, foreground: boo
 
     def report(_: None) -> None:
         nonlocal running
-        _give(rundir, owner)
         running = True
         started(Started(config.name, rundir.id, os.getpid()))
 
     try:
         log.setup(rundir.vm_log, vm=config.name, stderr=foreground)
-        status = vm.run(config, rundir, report)
+        status = vm.run(config, rundir, owner, report)
     except BaseException as err:
         if running or not foreground:  # else the caller says it on the same terminal
             log.error(f"{'ends' if running else 'does not start'}: {err or type(err).__name__}")
@@ -119,17 +117,6 @@ def start(config: VmConfig) -> Started:
         os.close(reader)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def _give(rundir: RunDir, owner: Owner) -> None:
-    if owner == (os.geteuid(), None):
-        return
-    try:
-        rundir.give(*owner)
-    except OSError as err:
-        who = f"uid {owner.uid}" + ("" if owner.gid is None else f", gid {owner.gid}")
-        hint = "only root can give a VM to another user" if os.geteuid() else ""
-        raise HostError(f"cannot make {who} the owner: {err.strerror}", hint=hint) from err
 
 
 def _leave_on_signals() -> dict[signal.Signals, Any]:

@@ -76,10 +76,11 @@ class DeviceProcess:
 class Spawner:
     """The VM process's end of its spawner."""
 
-    def __init__(self, vm: str, jail: str) -> None:
+    def __init__(self, vm: str, jail: str, uid: int | None = None) -> None:
         """Fork it. Call this single-threaded, with no descriptor open that a device must not see.
 
-        `jail` is vm.yaml's word: required, best-effort, off. Raises HostError.
+        `jail` is vm.yaml's word: required, best-effort, off; `uid` is the user that this process
+        will be, if that changes. Raises HostError.
         """
         channel, theirs = viodev.pair("spawner", LAUNCH_DEADLINE)
         try:
@@ -87,7 +88,7 @@ class Spawner:
         except OSError as err:
             raise HostError(f"cannot fork the spawner: {err.strerror}", vm=vm) from err
         if self.pid == 0:
-            _become_spawner(theirs, vm, jail)
+            _become_spawner(theirs, vm, jail, uid)
         theirs.close()
         self._channel, self._vm = channel, vm
         self._processes: dict[int, DeviceProcess] = {}
@@ -183,13 +184,13 @@ class Spawner:
         os.waitpid(self.pid, 0)
 
 
-def _become_spawner(sock: socket.socket, vm: str, jail: str) -> None:
+def _become_spawner(sock: socket.socket, vm: str, jail: str, uid: int | None) -> None:
     """Be the spawner; does not return. Only here does device code enter the VM side."""
     status = 1
     try:
         from devices import spawner  # not before the fork: the VM process never needs it
 
-        spawner.serve(sock, vm, jail)
+        spawner.serve(sock, vm, jail, uid)
         status = 0
     finally:
         os._exit(status)

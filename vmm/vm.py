@@ -19,6 +19,7 @@ from config.errors import EXIT_DONE, EXIT_FAILED, HostError, PyvmError
 from config.units import format_size
 from devices.loop import Loop
 from vmm import boot, control, log
+from vmm.confine import confine
 from vmm.console import Console
 from vmm.control import Control
 from vmm.launch import Spawner
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from config.errors import KvmError
     from config.model import VmConfig
+    from vmm.owner import Owner
     from vmm.rundir import RunDir
 
 STORM_SECONDS: Final = 6.0  # boots closer than this count as a storm, as in vmd
@@ -46,14 +48,14 @@ class Ending(NamedTuple):
     guest: bool = False  # whether the guest asked for it
 
 
-def run(config: VmConfig, rundir: RunDir, report: Callable[[None], None]) -> int:
+def run(config: VmConfig, rundir: RunDir, owner: Owner, report: Callable[[None], None]) -> int:
     """Run one VM in this process until it ends; returns the VM's exit status.
 
-    `report(None)` is called once the guest runs. Raises PyvmError if it never gets that far,
-    with everything given back.
+    The process becomes `owner`'s before the guest is loaded. `report(None)` is called once the
+    guest runs. Raises PyvmError if it never gets that far, with everything given back.
     """
     with ExitStack() as parts:
-        vm = VirtualMachine(config, rundir, parts)
+        vm = VirtualMachine(config, rundir, owner, parts)
         vm.start()
         report(None)
         return vm.serve().status
@@ -62,9 +64,10 @@ def run(config: VmConfig, rundir: RunDir, report: Callable[[None], None]) -> int
 class VirtualMachine:
     """One VM and its doors to the outside."""
 
-    def __init__(self, config: VmConfig, rundir: RunDir, parts: ExitStack) -> None:
+    def __init__(self, config: VmConfig, rundir: RunDir, owner: Owner, parts: ExitStack) -> None:
         """Build every part; `parts` closes them in reverse order, also after a failure here."""
-        self.config, self._rundir = config, rundir
+        self.config, self._rundir, self._owner = config, rundir, owner
+        self._jail = config.jail or default_jail()
         self._state = "prelaunch"
         self._ending: Ending | None = None
         self._started = self._booted = time.monotonic()
@@ -72,9 +75,7 @@ class VirtualMachine:
         self._loop = loop = Loop()
         parts.callback(loop.close)
         # Before KVM is opened and before there is a second thread.
-        spawner = Spawner(
-            config.name, config.jail or ("required" if os.geteuid() == 0 else "best-effort")
-        )
+        spawner = Spawner(config.name, self._jail, owner.uid)
         parts.callback(spawner.close, loop)
         images = parts.enter_context(boot.open_images(config.boot))
         self._wishes = GuestWishes(self, loop)
@@ -96,6 +97,9 @@ class VirtualMachine:
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
                 signal.signal(number, self._signalled)
+        give(self._rundir, self._owner)
+        report = confine(self._rundir.path, *self._owner, self._jail)
+        log.info(report.summary())
         self._machine.power_on()
         self._machine.resume()
         self._rundir.running(plain(self.config))
@@ -246,6 +250,18 @@ class VirtualMachine:
         reason = f"signal {signal.Signals(number).name}"
         ending = Ending(control.CAUSE_SIGNAL, reason, EXIT_DONE)
         self._loop.call(partial(self.end, ending))
+
+
+def give(rundir: RunDir, owner: Owner) -> None:
+    """Let `owner` use the VM. Raises HostError."""
+    if owner == (os.geteuid(), None):
+        return
+    try:
+        rundir.give(*owner)
+    except OSError as err:
+        who = f"uid {owner.uid}" + ("" if owner.gid is None else f", gid {owner.gid}")
+        hint = "only root can give a VM to another user" if os.geteuid() else ""
+        raise HostError(f"cannot make {who} the owner: {err.strerror}", hint=hint) from err
 
 
 def default_jail() -> str:

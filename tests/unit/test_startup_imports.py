@@ -37,6 +37,11 @@ _NEARLY_NOTHING: Final = "__future__ cython_runtime encodings"
 ALLOWED: Final = frozenset(
     f"{_COMMAND_LINE} {_VM_YAML} {_VM_PROCESS} {_MESSAGES} {_NEARLY_NOTHING}".split(),
 )
+# What devices.jail is made of; the VM process uses it for itself.
+_JAIL: Final = tuple(
+    f"devices.{name}"
+    for name in ("landlock", "namespaces", "policy", "privileges", "seccomp", "syscalls")
+)
 # Where the late imports are that every detached start reaches.
 START: Final = """
 import sys
@@ -68,7 +73,7 @@ def strangers(names: list[str]) -> list[str]:
     return [
         name
         for name in names
-        if not within(name, DIRECTION["vmm"])
+        if not within(name, (*DIRECTION["vmm"], *_JAIL))
         and name != "devices"
         and name.partition(".")[0] not in ALLOWED
         and not name.startswith("_")  # the C half of a module that is judged itself
