@@ -58,9 +58,9 @@ MAX_DISCARD: Final = 256 << 20  # bytes of one range: freeing them takes some mi
 MAX_ZEROES: Final = 32 << 20  # bytes: where they must be written it takes as long as MAX_BYTES
 ID_BYTES: Final = 20
 
-#: type, offset on the disk, length of data, its views, status byte, bytes the driver can be given
-#: (data and status), head of the chain. A tuple, since one is made per request.
-Request = tuple[int, int, int, list[memoryview], memoryview, int, int]
+#: type, offset on the disk, length of data, its views, memory and index of the status byte, bytes
+#: the driver can be given (data and status), head of the chain. A tuple: one is made per request.
+Request = tuple[int, int, int, list[memoryview], memoryview, int, int, int]
 
 _unpack: Final = HEADER.unpack_from
 
@@ -83,9 +83,9 @@ def parse(chains: Iterable[Chain]) -> tuple[list[Request], GuestError | None]:
         else:
             kind, _, sector = _unpack(_cut_header(readable))
         status = writable.pop()
-        if len(status) > 1:
-            writable.append(status[:-1])
-            status = status[-1:]
+        last = len(status) - 1
+        if last:
+            writable.append(status[:last])
         capacity = chain.writable_bytes
         if kind in TO_DRIVER:
             views, length = writable, capacity - 1
@@ -95,7 +95,7 @@ def parse(chains: Iterable[Chain]) -> tuple[list[Request], GuestError | None]:
             views, length = readable, chain.readable_bytes - 16
             if writable and kind == T_OUT:
                 kind = T_WRONG
-        requests.append((kind, sector << 9, length, views, status, capacity, chain.head))
+        requests.append((kind, sector << 9, length, views, status, last, capacity, chain.head))
     return requests, None
 
 

@@ -11,6 +11,7 @@ and for what the host could not do, and only the latter is logged.
 from __future__ import annotations
 
 import errno
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from devices.blkreq import (
@@ -42,11 +43,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from devices.device import Host
-    from devices.raw import Disk
+    from devices.raw import Attempt, Disk
 
 ERRORS_RATE: Final = 1.0  # lines per second about errors of the host
 ERRORS_BURST: Final = 10
 NO_BOUND: Final = 1 << 16  # more requests than there are in flight
+
+_END: Final[Request] = (T_WRONG, -1, 0, [], memoryview(b""), 0, 0, 0)  # nothing goes on with it
 
 Done = list[tuple[int, int]]  # head and used length of each chain to give back
 
@@ -85,12 +88,11 @@ class Server:
     def serve(self, queue: int, requests: list[Request], done: Done) -> int:
         """Do requests of a queue and add them to `done`; return how many bytes they ask for."""
         limit, readonly = self.limit, self.disk.readonly
-        asked = 0
+        read, write = self._attempts()
+        asked = nr_views = 0
         run: list[Request] = []  # reads, or writes, that follow each other on the disk
-        run_kind = run_end = -1
-        nr_views = 0
-        for request in requests:
-            kind, offset, length, views, _, _, _ = request
+        for request, after in pairwise((*requests, _END)):
+            kind, offset, length, views, status, last, capacity, head = request
             end = offset + length
             if (
                 kind > T_OUT
@@ -102,21 +104,34 @@ class Server:
             ):
                 if run:
                     self._transfer(queue, run, done)
-                    run, run_end = [], -1
+                    run, nr_views = [], 0
                 self._special(queue, request, done)
                 continue
             asked += length
-            nr_views += len(views)
-            if offset == run_end and kind == run_kind and nr_views <= IOV_MAX:
+            goes_on = after[1] == end and after[0] == kind
+            if goes_on or run:
                 run.append(request)
-            else:
-                if run:
+                nr_views += len(views)
+                if not goes_on or nr_views + len(after[3]) > IOV_MAX:
                     self._transfer(queue, run, done)
-                run, run_kind, nr_views = [request], kind, len(views)
-            run_end = end
-        if run:
-            self._transfer(queue, run, done)
+                    run, nr_views = [], 0
+                continue
+            attempt = write if kind else read
+            try:  # the hottest line there is
+                well = attempt is not None and attempt(views, offset) == length
+            except OSError:
+                well = False
+            if well:
+                status[last] = S_OK
+                done.append((head, capacity))
+            else:
+                self._transfer(queue, [request], done)
         return asked
+
+    def _attempts(self) -> tuple[Attempt | None, Attempt | None]:
+        """Return what may be called to read and write before taking more trouble."""
+        read, write = self.disk.attempts()
+        return read, write if self.writeback else None
 
     def drain(self) -> None:
         """Be done with every request that was ever served."""
@@ -126,7 +141,7 @@ class Server:
 
     def _transfer(self, queue: int, run: list[Request], done: Done) -> None:
         """Do a run, in one call if all goes well."""
-        kind, offset, length, views, status, capacity, head = run[0]
+        kind, offset, length, views, status, last, capacity, head = run[0]
         if len(run) > 1:
             views, length = joined(run)
         try:
@@ -140,8 +155,8 @@ class Server:
                 return
             got = -1
         if got == length:
-            for _, _, _, _, status, capacity, head in run:
-                status[0] = S_OK
+            for _, _, _, _, status, last, capacity, head in run:
+                status[last] = S_OK
                 done.append((head, capacity))
         elif len(run) == 1:
             self._cut_short(run[0], got, done)
@@ -151,7 +166,7 @@ class Server:
 
     def _special(self, queue: int, request: Request, done: Done) -> None:
         """Do a request that is neither read nor write, or refuse one that may not be."""
-        kind, _, length, views, _, _, _ = request
+        kind, _, length, views, *_ = request
         result, written = S_OK, 0
         try:
             if kind in (T_FLUSH, T_FLUSH_OUT):
@@ -226,8 +241,8 @@ def finish(request: Request, result: int, written: int, done: Done) -> None:
     The used length counts bytes from the start of the buffer, so the status byte at its end is
     in it only if all the data is (§2.7.8.2).
     """
-    _, _, _, _, status, capacity, head = request
-    status[0] = result
+    _, _, _, _, status, last, capacity, head = request
+    status[last] = result
     done.append((head, capacity if written == capacity - 1 else written))
 
 

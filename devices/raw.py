@@ -19,13 +19,12 @@ import fcntl
 import mmap
 import os
 import stat
+from collections.abc import Callable, Sequence
+from functools import partial
 from struct import pack, unpack
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 from config.errors import ConfigError, HostError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 SECTOR: Final = 512
 IOV_MAX: Final = 1024  # views in one call
@@ -39,11 +38,15 @@ _PAGE: Final = mmap.PAGESIZE  # no device's blocks are larger
 _BOUNCE: Final = 1 << 20  # bytes of the buffer for what is not aligned
 _NOT_THERE: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY)
 
-# Private and never written, so that all of it is the kernel's one page of zeroes; page aligned.
-_ZEROES: Final = memoryview(mmap.mmap(-1, 1 << 20, prot=mmap.PROT_READ))
+_PRIVATE: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+# Never written, so that all of it is the kernel's one page of zeroes; page aligned.
+_ZEROES: Final = memoryview(mmap.mmap(-1, 1 << 20, _PRIVATE, mmap.PROT_READ))
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+# Takes views and an offset, and returns how many bytes it did, if not all; may raise OSError.
+Attempt = Callable[[Sequence[memoryview], int], int]
 
 
 class Disk(Protocol):
@@ -56,6 +59,12 @@ class Disk(Protocol):
     size: int
     readonly: bool
     granularity: int  # discarding less than an aligned piece of this many bytes frees nothing
+
+    def attempts(self) -> tuple[Attempt, Attempt]:
+        """Return what reads, and what writes, as fast as can be, for now.
+
+        Whoever is not content with what they did calls `read` or `write`.
+        """
 
     def read(self, views: Sequence[memoryview], offset: int, length: int) -> int:
         """Fill views of `length` bytes in all. Return how many were: less if the disk shrank."""
@@ -99,38 +108,42 @@ class Raw:
 
     # Transfers.
 
+    def attempts(self) -> tuple[Attempt, Attempt]:
+        """See Disk."""
+        return partial(os.preadv, self.fd), partial(os.pwritev, self.fd)
+
     def read(self, views: Sequence[memoryview], offset: int, length: int) -> int:
         """See Disk."""
-        try:
-            done = os.preadv(self.fd, views, offset)
-        except OSError as err:
-            self._check_alignment(err)
-            return self._bounce(views, offset, length, None)
-        while 0 < done < length:  # the kernel stops at 2 GiB, at a signal, and for good at the end
-            got = self.read(_skip(views, done), offset + done, length - done)
-            if not got:
-                break
-            done += got
-        return done
+        return self._transfer(views, offset, length, None)
 
     def write(
         self, views: Sequence[memoryview], offset: int, length: int, *, stable: bool = False
     ) -> int:
         """See Disk."""
-        flags = os.RWF_DSYNC if stable else 0
-        try:
-            done = os.pwritev(self.fd, views, offset, flags)
-        except OSError as err:
-            self._check_alignment(err)
-            return self._bounce(views, offset, length, flags)
-        while 0 < done < length:
-            done += self.write(_skip(views, done), offset + done, length - done, stable=stable)
-        return done
+        return self._transfer(views, offset, length, os.RWF_DSYNC if stable else 0)
 
-    def _check_alignment(self, err: OSError) -> None:
-        """Raise `err` unless it may be a matter of alignment."""
-        if err.errno != errno.EINVAL or not self._direct:
-            raise err
+    def _transfer(
+        self, views: Sequence[memoryview], offset: int, length: int, flags: int | None
+    ) -> int:
+        """Write with `flags`, or read if that is None, until all is done or nothing moves.
+
+        The kernel stops at 2 GiB, at a signal, and for good where the image ends.
+        """
+        done = 0
+        while True:
+            try:
+                if flags is None:
+                    got = os.preadv(self.fd, views, offset + done)
+                else:
+                    got = os.pwritev(self.fd, views, offset + done, flags)
+            except OSError as err:
+                if err.errno != errno.EINVAL or not self._direct:
+                    raise
+                return done + self._bounce(views, offset + done, length - done, flags)
+            done += got
+            if not got or done >= length:
+                return done
+            views = _skip(views, got)
 
     def _bounce(
         self, views: Sequence[memoryview], offset: int, length: int, flags: int | None
@@ -139,7 +152,7 @@ class Raw:
 
         Returns how many bytes were transferred.
         """
-        self._buffer = self._buffer or memoryview(mmap.mmap(-1, _BOUNCE))
+        self._buffer = self._buffer or memoryview(mmap.mmap(-1, _BOUNCE, _PRIVATE))
         done = 0
         while done < length:
             at = offset + done

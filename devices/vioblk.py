@@ -25,6 +25,7 @@ from struct import Struct
 from typing import TYPE_CHECKING, Any, Final
 
 from config.errors import ConfigError, HostError
+from devices.blkpop import pop_usual
 from devices.blkreq import (
     BLK_F_BLK_SIZE,
     BLK_F_CONFIG_WCE,
@@ -49,10 +50,13 @@ from devices.device import INFO, Device
 from devices.features import F_VERSION_1
 from devices.raw import SECTOR, Raw
 from devices.spec import SPECS
+from devices.virtqueue import SplitQueue
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from config.errors import GuestError
+    from devices.blkreq import Request
     from devices.blkserve import Done
     from devices.chain import Chain
     from devices.device import Host
@@ -158,31 +162,43 @@ class Vioblk(Device):
 
     def kick(self, index: int, queue: VirtQueue) -> bool:
         """Serve what is there, as far as the budget goes."""
-        left, recovered = BUDGET, self._recovered.get(index, [])
+        left = BUDGET
         queue.disable_kicks()
         while left > 0:
             limit = min(self._server.room, BATCH)
             if not limit:  # when there is room, _give_back() has us called again
                 self._waiting.add(index)
                 return False
-            chains = recovered[:limit] or queue.pop_batch(limit)
-            del recovered[:limit]
-            if chains:
-                left -= self._serve(index, queue, chains)
-            elif not queue.enable_kicks():
+            requests, broken = self._take(index, queue, limit)
+            if requests:
+                left -= self._serve(index, queue, requests)
+            if broken is not None:
+                raise broken
+            if not requests and not queue.enable_kicks():
                 return False
         return True
 
-    def _serve(self, index: int, queue: VirtQueue, chains: Sequence[Chain]) -> int:
-        """Serve chains and give back what is done; return what they count for."""
-        requests, broken = parse(chains)
+    def _take(
+        self, index: int, queue: VirtQueue, limit: int
+    ) -> tuple[list[Request], GuestError | None]:
+        """Take up to `limit` requests, and what is wrong with the one after them, if anything."""
+        recovered = self._recovered.get(index)
+        if recovered:
+            chains = recovered[:limit]
+            del recovered[:limit]
+            return parse(chains)
+        requests = pop_usual(queue, limit) if isinstance(queue, SplitQueue) else []
+        if requests:
+            return requests, None
+        return parse(queue.pop_batch(limit))
+
+    def _serve(self, index: int, queue: VirtQueue, requests: list[Request]) -> int:
+        """Serve requests and give back what is done; return what they count for."""
         done: Done = []
         asked = self._server.serve(index, requests, done)
         queue.push_batch(done)
         if queue.should_call():
             self.host.call(index)
-        if broken is not None:
-            raise broken
         return asked + REQUEST_COST * len(requests)
 
     def _give_back(self, index: int, done: Done) -> None:

@@ -38,7 +38,7 @@ def stable_writes(blk: BlkLab, monkeypatch: pytest.MonkeyPatch) -> bool:
     flags_seen = []
     write = os.pwritev
 
-    def watch(fd: int, views: list[memoryview], offset: int, flags: int) -> int:
+    def watch(fd: int, views: list[memoryview], offset: int, flags: int = 0) -> int:
         flags_seen.append(flags)
         return write(fd, views, offset, flags)
 

@@ -165,7 +165,7 @@ def test_a_full_disk_inside_a_run(blk: BlkLab, monkeypatch: pytest.MonkeyPatch) 
     pwritev = os.pwritev
     full_from = 3 * 512
 
-    def fill(fd: int, buffers: Sequence[memoryview], offset: int, flags: int) -> int:
+    def fill(fd: int, buffers: Sequence[memoryview], offset: int, flags: int = 0) -> int:
         data = b"".join(buffers)[: max(full_from - offset, 0)]
         if not data:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
