@@ -27,7 +27,7 @@ _COMMAND_LINE: Final = """
 _VM_YAML: Final = "yaml datetime base64 binascii math"  # the C loader, and what it wishes for
 _VM_PROCESS: Final = """
     ctypes errno fcntl grp json mmap pwd select selectors signal socket array struct threading
-    contextlib bisect
+    contextlib bisect resource
 """
 # What carries our messages, 10 ms: multiprocessing.connection, and all that it imports.
 _MESSAGES: Final = """
