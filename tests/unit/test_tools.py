@@ -65,7 +65,7 @@ def test_kvmhost_leaves_the_commands_options_alone(monkeypatch: pytest.MonkeyPat
     parse = load("kvmhost")["parse_args"]
     monkeypatch.setattr(sys, "argv", ["kvmhost", "--memory", "8G", "sh", "-c", "x", "--cpus", "--"])
     args = parse()
-    assert (args.memory, args.cpus) == ("8G", 2)
+    assert (args.memory, args.cpus) == ("8G", 1)
     assert args.command == ["sh", "-c", "x", "--cpus", "--"]
     monkeypatch.setattr(sys, "argv", ["kvmhost", "--", "--odd"])
     assert parse().command == ["--odd"]
