@@ -183,11 +183,10 @@ def tree_of(revision: str) -> Iterator[Path]:
 
 
 def measure_in(tree: Path, case: Case, path: Path, seconds: float) -> dict[str, float]:
-    """Run one case in a process of its own, with the code in `tree`."""
-    command = [sys.executable, "-m", "tools.benches.blk", "--one"]
+    """Run one case in a process of its own: this file, with all other code from `tree`."""
     child = subprocess.run(
-        [*command, json.dumps([*case, str(path), seconds])],
-        cwd=tree,
+        [sys.executable, __file__, "--one", json.dumps([*case, str(path), seconds])],
+        env={**os.environ, "PYTHONPATH": str(tree)},
         check=False,
         capture_output=True,
         text=True,
