@@ -103,7 +103,7 @@ def test_debian(start_vm: Start, disks: list[dict[str, Any]]) -> None:
     shell.run("mkfs.ext4 -q /dev/vdb && mount /dev/vdb /mnt")
     shell.run("cp -a /usr/bin /mnt && sync && fstrim -v /mnt")
     shell.run("diff -r --no-dereference /usr/bin /mnt/bin && umount /mnt && fsck.ext4 -fn /dev/vdb")
-    shell.run("blkdiscard /dev/vdb && cmp -n 67108864 /dev/vdb /dev/zero")
+    shell.run("blkdiscard -f /dev/vdb && cmp -n 67108864 /dev/vdb /dev/zero")
     shell.send("poweroff\n")
     assert vm.wait() == 0
 
