@@ -88,13 +88,13 @@ class _Findings:
         lacking = tuple(f"{step}: {why}" for step, why in self.lacking.items())
         return Report(tuple(self.applied.values()), lacking)
 
-    def insist(self, level: str) -> None:
+    def insist(self, level: str, whom: str) -> None:
         """Raise HostError if the level does not allow what is lacking."""
         missing = [step for step in self.lacking if step not in EXTRAS]
         if level == REQUIRED and missing:
             what = "; ".join(f"{step}: {self.lacking[step]}" for step in missing)
             raise HostError(
-                f"this host cannot jail a device process: {what}",
+                f"this host cannot jail {whom}: {what}",
                 hint="`jail: best-effort` in vm.yaml does without",
             )
 
@@ -149,11 +149,10 @@ def fork(level: str) -> int:
     return pid
 
 
-def enter(kind: str, level: str, fds: Mapping[str, int] | None = None) -> Report:
+def enter(kind: str, level: str) -> Report:
     """Jail this process as a device of `kind`, for good.
 
-    `fds` are its descriptors by the names that `policy` has for them. Raises HostError if the
-    level is "required" and the host cannot do it.
+    Raises HostError if the level is "required" and the host cannot do it.
     """
     if level == OFF:
         return Report((), ())
@@ -171,9 +170,9 @@ def enter(kind: str, level: str, fds: Mapping[str, int] | None = None) -> Report
     _landlock(found)
     # From here on no descriptor can be made.
     found.attempt("limits", lambda: privileges.limit({**policy.LIMITS, **row.limits}))
-    found.insist(level)
-    _seccomp(found, row, fds or {})
-    found.insist(level)
+    found.insist(level, "a device process")
+    _seccomp(found, row)
+    found.insist(level, "a device process")
     return found.report()
 
 
@@ -196,9 +195,9 @@ def confine(level: str, directory: str, uid: int, gid: int) -> Report:
     # A start that fails takes its directory away again, empty.
     beneath = {directory: row.files, os.path.dirname(directory): landlock.Access.REMOVE_DIR}
     _landlock(found, beneath, signals=False)
-    found.insist(level)
+    found.insist(level, "the VM process")
     _seccomp(found, row, {"self": os.getpid()})
-    found.insist(level)
+    found.insist(level, "the VM process")
     return found.report()
 
 
@@ -231,7 +230,9 @@ def _drop_all() -> None:
         raise OSError(errno.EPERM, "some are still there")
 
 
-def _seccomp(found: _Findings, row: policy.Policy, numbers: Mapping[str, int]) -> None:
+def _seccomp(
+    found: _Findings, row: policy.Policy, numbers: Mapping[str, int] | None = None
+) -> None:
     code = seccomp.program(row.calls, row.otherwise, numbers)
     if found.attempt("seccomp", lambda: seccomp.install(code)):
         names = {rule.name for rule in row.calls}

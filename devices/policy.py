@@ -64,7 +64,6 @@ LIMITS: Final = {
     "NOFILE": 1,
 }
 
-_F_SETFL: Final = 4
 _AT_EMPTY_PATH: Final = 0x1000
 _KEEP_SIZE: Final = 1  # FALLOC_FL_*
 _PUNCH_HOLE: Final = 2
@@ -85,8 +84,7 @@ DEVICES: Final = {
                 (Arg(1, _ANY, (_PUNCH_HOLE | _KEEP_SIZE, _ZERO_RANGE | _KEEP_SIZE)),),
                 "PUNCH_HOLE, ZERO_RANGE; KEEP_SIZE",
             ),
-            # Of no other: the VM process, which shares the eventfds, must never be made to wait.
-            Rule("fcntl", (Arg(0, _ANY, ("image",)), Arg(1, _ANY, (_F_SETFL,))), "F_SETFL, image"),
+            # And no fcntl: the VM process shares the eventfds, and must never be made to wait.
             Rule(
                 "ioctl", (Arg(1, _ANY, (_BLKDISCARD, _BLKGETSIZE64)),), "BLKDISCARD, BLKGETSIZE64"
             ),

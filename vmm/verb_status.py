@@ -45,6 +45,11 @@ def _arguments(to: ArgumentParser) -> None:
         "names", metavar="NAME", nargs="*", default=[], help="names or ids (default: all VMs)"
     )
     to.add_argument("-r", dest="running", action="store_true", help="running VMs only")
+    to.add_argument(
+        "--jail",
+        action="store_true",
+        help="show what confines each process, as the kernel tells it",
+    )
     json_argument(to)
     colour_argument(to)
 
@@ -61,7 +66,13 @@ def _status(options: Any) -> int:
         infos = survey.survey()
     infos = [info for info in infos if info.alive or not options.running]
     # As vmctl: running VMs first, then by number.
-    found = [facts(info) for info in sorted(infos, key=lambda info: (not info.alive, info.id))]
+    infos.sort(key=lambda info: (not info.alive, info.id))
+    if options.jail:
+        from vmm import jailview  # reads much of /proc; nobody else asks
+
+        jailview.show(infos, json=options.json, colour=options.color, stdout=sys.stdout)
+        return status
+    found = [facts(info) for info in infos]
     if options.json:
         say_json(found[0] if len(options.names) == 1 and found else found)
         return status
@@ -161,6 +172,11 @@ VERBS = verbs(
         details="""\
 STATE is running, paused, stopping, stopped, crashed (the VM process died
 without a word), or unknown (it does not answer). CURMEM is the memory in use.
-With --json a single NAME gives one object, anything else a list.""",
+With --json a single NAME gives one object, anything else a list.
+
+With --jail there is a line per process: how many seccomp FILTERS decide about
+its system calls, its capabilities (in its own user namespace, if it has one),
+whether its ROOT is empty, open descriptors, and the namespaces that are not
+yours. Landlock does not show from outside: see the VM's log.""",
     )
 )
