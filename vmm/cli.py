@@ -30,6 +30,7 @@ VERBS: Final = {
     "reset": "vmm.verb_control",
     "pause": "vmm.verb_control",
     "unpause": "vmm.verb_control",
+    "disk": "vmm.verb_disk",
     "doctor": "vmm.verb_host",
     "schema": "vmm.verb_host",
     "version": "vmm.verb_host",
