@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from config.model import DiskConfig
 
 SECTOR: Final = 512
+DEVICE_TITLE: Final = "pyvmd: "  # what device processes show of themselves begins so
 
 _BLKGETSIZE64: Final = 0x80081272  # linux/fs.h
 # struct flock: type, whence, start, length (0: to the end, wherever it moves), pid.
@@ -176,10 +177,16 @@ def _user_of(path: str, own: int) -> str:
     ours = str(os.getpid())
     if _count_open(ours, wanted) > own:
         return "it is another disk of this VM"
+    found = ""
     for pid in pids:
-        if pid != ours and _count_open(pid, wanted):
-            return f"process {pid} ({_title(pid)}) has it open"
-    return ""
+        if pid == ours or not _count_open(pid, wanted):
+            continue
+        title = _title(pid)
+        if title.startswith(DEVICE_TITLE):  # "pyvmd: web/vioblk0"
+            vm, _, device = title.removeprefix(DEVICE_TITLE).partition("/")
+            return f"VM {vm} has it open ({device}, process {pid})"
+        found = found or f"process {pid} ({title}) has it open"
+    return found
 
 
 def _count_open(pid: str, wanted: os.stat_result) -> int:
@@ -195,7 +202,7 @@ def _count_open(pid: str, wanted: os.stat_result) -> int:
 
 
 def _title(pid: str) -> str:
-    """Return how ps(1) would show a process: "pyvmd: web/vioblk0" is a device of VM web."""
+    """Return how ps(1) would show a process."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             words = file.read(200).rstrip(b"\0").replace(b"\0", b" ")

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import socket
+from contextlib import contextmanager
 from struct import pack
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from config.errors import ConfigError, HostError
 from config.model import DiskConfig
+from devices.title import set_title
 from tests.loopdev import loop_device
 from vmm import images
 
@@ -275,26 +277,46 @@ def test_a_refused_image_is_closed_again(image: Path, open_disk: Callable[..., i
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_the_holder_of_a_lock_is_named(image: Path, open_disk: Callable[..., int]) -> None:
-    """Who has the image open is found in /proc and named with its title."""
-    holder, ready = os.pipe()
+@contextmanager
+def holder(image: Path, title: str) -> Iterator[int]:
+    """A process of that title, "" for its own, that has the image; its pid."""
+    held, ready = os.pipe()
     done, finish = os.pipe()
     pid = os.fork()
     if pid == 0:
         images.open_disk(DiskConfig(path=str(image), format="raw"), "vioblk0")
+        if title:
+            set_title(title)
         os.write(ready, b"1")
         os.close(finish)
         os.read(done, 1)
         os._exit(0)
     try:
-        os.read(holder, 1)
-        with pytest.raises(HostError, match=rf"in use: process {pid} \(.+\) has it open") as error:
-            open_disk(image)
-        assert "readonly: true" in error.value.hint
+        os.read(held, 1)
+        yield pid
     finally:
-        for fd in (holder, ready, done, finish):
+        for fd in (held, ready, done, finish):
             os.close(fd)
         os.waitpid(pid, 0)
+
+
+def test_the_holder_of_a_lock_is_named(image: Path, open_disk: Callable[..., int]) -> None:
+    """Who has the image open is found in /proc and named with its title."""
+    with (
+        holder(image, "") as pid,
+        pytest.raises(HostError, match=rf"in use: process {pid} \(.+\) has it open") as error,
+    ):
+        open_disk(image)
+    assert "readonly: true" in error.value.hint
+
+
+def test_the_vm_that_has_the_lock_is_named(image: Path, open_disk: Callable[..., int]) -> None:
+    """A device process's title tells which VM it belongs to."""
+    with (
+        holder(image, "web/vioblk0") as pid,
+        pytest.raises(HostError, match=rf"VM web has it open \(vioblk0, process {pid}\)"),
+    ):
+        open_disk(image)
 
 
 # Block devices
