@@ -185,6 +185,10 @@ def confine(level: str, directory: str, uid: int, gid: int) -> Report:
     if level == OFF:
         return Report((), ())
     found, row = _Findings(), policy.VM_PROCESS
+    # A start that fails takes its directory away again, empty.
+    files = {directory: row.files, os.path.dirname(directory): landlock.Access.REMOVE_DIR}
+    # Opened while this process still has the right to.
+    beneath = {os.open(path, os.O_PATH | os.O_CLOEXEC): access for path, access in files.items()}
     if os.geteuid() == 0:
         found.attempt("owner", lambda: privileges.become(uid, gid, uid))
     found.attempt("no capabilities", _drop_all)
@@ -192,9 +196,9 @@ def confine(level: str, directory: str, uid: int, gid: int) -> Report:
     found.attempt("not dumpable", lambda: privileges.dumpable(False))
     found.attempt("no new code", privileges.no_new_code)
     found.attempt("no_new_privs", privileges.no_new_privs)
-    # A start that fails takes its directory away again, empty.
-    beneath = {directory: row.files, os.path.dirname(directory): landlock.Access.REMOVE_DIR}
     _landlock(found, beneath, signals=False)
+    for fd in beneath:
+        os.close(fd)
     found.insist(level, "the VM process")
     _seccomp(found, row, {"self": os.getpid()})
     found.insist(level, "the VM process")
@@ -240,7 +244,7 @@ def _seccomp(
 
 
 def _landlock(
-    found: _Findings, allowed: Mapping[str, landlock.Access] | None = None, *, signals: bool = True
+    found: _Findings, allowed: Mapping[int, landlock.Access] | None = None, *, signals: bool = True
 ) -> None:
     """Deny all that this kernel's Landlock can but `allowed`, and see that it does."""
     try:

@@ -86,11 +86,11 @@ def denied(version: int, *, signals: bool = True) -> list[str]:
     ]
 
 
-def restrict(allowed: Mapping[str, Access] | None = None, *, signals: bool = True) -> int:
+def restrict(allowed: Mapping[int, Access] | None = None, *, signals: bool = True) -> int:
     """Deny this thread, and all it starts, everything but `allowed` beneath directories.
 
-    Needs no_new_privs. Returns the ABI version, 0 if this kernel has no Landlock; then nothing is
-    denied. Raises OSError.
+    Those are given as descriptors. Needs no_new_privs. Returns the ABI version, 0 if this kernel
+    has no Landlock; then nothing is denied. Raises OSError.
     """
     version = abi()
     if not version:
@@ -98,13 +98,9 @@ def restrict(allowed: Mapping[str, Access] | None = None, *, signals: bool = Tru
     attr = ruleset(version, signals=signals)
     fd = syscalls.call("landlock_create_ruleset", attr, len(attr), 0)
     try:
-        for path, access in (allowed or {}).items():
-            beneath = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                rule = _PATH_BENEATH.pack(access & handled_fs(version), beneath)
-                syscalls.call("landlock_add_rule", fd, _RULE_PATH_BENEATH, rule, 0)
-            finally:
-                os.close(beneath)
+        for directory, access in (allowed or {}).items():
+            rule = _PATH_BENEATH.pack(access & handled_fs(version), directory)
+            syscalls.call("landlock_add_rule", fd, _RULE_PATH_BENEATH, rule, 0)
         syscalls.call("landlock_restrict_self", fd, 0)
     finally:
         os.close(fd)
