@@ -96,7 +96,8 @@ class Device:
         """Begin to serve a driver that has set DRIVER_OK.
 
         `queues` stays up to date: a queue that is not enabled, or was reset, is None. Every
-        enabled queue is kicked afterwards, and whenever it is enabled later.
+        enabled queue is kicked afterwards, and whenever it is enabled later. What a killed
+        predecessor left in flight is in each queue's `resubmit()`, to be worked on first.
         """
 
     def kick(self, index: int, queue: VirtQueue) -> bool:

@@ -63,12 +63,19 @@ class QueueRegisters:
             "desc_gpa": self.desc_gpa,
             "avail_gpa": self.avail_gpa,
             "used_gpa": self.used_gpa,
+            "enabled": self.queue is not None,
             "cursors": None if self.queue is None else list(self.queue.save()),
         }
 
     def load(self, state: dict[str, Any], memory: GuestMemory, features: int) -> None:
-        """Become what `save` described. Raises GuestError if that cannot be."""
+        """Become what `save` described. Raises GuestError if that cannot be.
+
+        Without cursors an enabled queue goes on where its in-flight area says: so it is when the
+        process that had it was killed, and nobody knows its latest cursors.
+        """
         self.size, self.desc_gpa = state["size"], state["desc_gpa"]
         self.avail_gpa, self.used_gpa = state["avail_gpa"], state["used_gpa"]
-        if state["cursors"] is not None:
-            self.open(memory, features).load(QueueState(*state["cursors"]))
+        if state["enabled"]:
+            queue = self.open(memory, features)
+            if state["cursors"] is not None:
+                queue.load(QueueState(*state["cursors"]))

@@ -109,16 +109,25 @@ class Spawner:
                     return  # it is gone, or as good as
 
     def end(self) -> None:
-        """End the children, who have lost their channels too and get a moment to notice."""
-        self._poll.unregister(self._channel.fileno())
+        """End the children, who have lost their channels too and get a moment to notice.
+
+        Their images are free for others afterwards, but one that hangs in the kernel is left.
+        """
         self._channel.close()
+        self._wait_for_children()
+        for pidfd in self._children:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        self._wait_for_children()
+
+    def _wait_for_children(self) -> None:
+        """Reap those that end in time."""
         deadline = time.monotonic() + LEAVE_DEADLINE
-        for pidfd, pid in self._children.items():
+        for pidfd, pid in list(self._children.items()):
             poll = select.poll()
             poll.register(pidfd, select.POLLIN)
-            if not poll.poll(max(deadline - time.monotonic(), 0) * 1e3):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            if poll.poll(max(deadline - time.monotonic(), 0) * 1e3):
+                os.waitpid(pid, 0)
+                del self._children[pidfd]
 
     def _serve_one(self) -> None:
         imsg = self._channel.receive()

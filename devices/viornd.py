@@ -15,6 +15,7 @@ from devices.device import Device
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from devices.chain import Chain
     from devices.device import Host
     from devices.guestmem import GuestMemory
     from devices.virtqueue import VirtQueue
@@ -45,6 +46,13 @@ class Viornd(Device):
         self._limit = MAX_REQUEST
         self._set_rate(rate)
 
+    def activate(self, features: int, queues: Sequence[VirtQueue | None]) -> None:
+        """Answer what a predecessor was killed over."""
+        for queue in queues:
+            if queue is not None:
+                for chain in queue.resubmit():
+                    self._answer(queue, chain)
+
     def kick(self, index: int, queue: VirtQueue) -> bool:
         """Answer what is there, as far as budget and rate go, then call once."""
         left = BUDGET
@@ -55,11 +63,7 @@ class Viornd(Device):
                 if queue.enable_kicks():
                     continue
                 break
-            if chain.readable:
-                raise GuestError("entropy request with a readable buffer")
-            written = self._fill(chain.writable, chain.writable_bytes)
-            queue.push(chain.head, written)
-            left -= written + REQUEST_COST
+            left -= self._answer(queue, chain) + REQUEST_COST
         if queue.should_call():
             self.host.call(index)
         return left <= 0
@@ -77,6 +81,14 @@ class Viornd(Device):
         self._set_rate(value)
         self.host.schedule(0)  # who waited for the old rate need not
         return value
+
+    def _answer(self, queue: VirtQueue, chain: Chain) -> int:
+        """Fill and give back one chain; return how many bytes were filled."""
+        if chain.readable:
+            raise GuestError("entropy request with a readable buffer")
+        written = self._fill(chain.writable, chain.writable_bytes)
+        queue.push(chain.head, written)
+        return written
 
     def _fill(self, views: Sequence[memoryview], size: int) -> int:
         """Fill the first `size` bytes of `views`, up to the limit; return how many were filled."""

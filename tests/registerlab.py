@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from devices.device import Device
+from devices.process import INFLIGHT_STRIDE
 from devices.virtio import Registers
 from tests.driver import make_memory
 from tests.virtiodriver import VirtioDriver
@@ -56,6 +57,9 @@ class FakeDevice(Device):
         if self.error is not None:
             raise self.error
         self.active, self.queues = features, queues
+        for queue in queues:
+            if queue is not None:
+                queue.push_batch([(chain.head, 0) for chain in queue.resubmit()])
 
     def kick(self, index: int, queue: VirtQueue) -> bool:
         while (chain := queue.pop()) is not None:
@@ -85,12 +89,24 @@ class Lab(VirtioDriver):
         self, *, packed: bool = False, regions: Sequence[Region] = (), memory_size: int = 8 << 20
     ) -> None:
         self.memory = make_memory(memory_size, regions)
-        self.device = FakeDevice(self.memory, self)
         self.nr_queues = len(SIZES)
-        self.registers = Registers(self.device, self.memory, self, packed=packed)
+        self._packed = packed
+        self._areas = [memoryview(bytearray(INFLIGHT_STRIDE)) for _ in SIZES]
         self.interrupts: list[int] = []
         self.scheduled: list[int] = []
         self.said: list[str] = []
+        self.revive(None)
+
+    def revive(self, state: dict[str, Any] | None) -> None:
+        """Make a new device, as in a new process, and have it load `state` if there is any."""
+        self.interrupts.clear()
+        self.scheduled.clear()
+        self.device = FakeDevice(self.memory, self)
+        self.registers = Registers(
+            self.device, self.memory, self, packed=self._packed, inflight=self._areas
+        )
+        if state is not None:
+            self.registers.load(state)
 
     def read(self, reg: int, size: int) -> int:
         return self.registers.read(reg, size)[0]
