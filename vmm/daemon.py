@@ -23,7 +23,7 @@ from config.errors import (
     NoSuchVmError,
     PyvmError,
 )
-from vmm import log, sockets, survey, vm
+from vmm import log, survey, vm
 from vmm.control import CAUSE_HOST_ERROR
 from vmm.owner import resolve
 from vmm.rundir import RunDir
@@ -58,10 +58,8 @@ def run(config: VmConfig, started: Callable[[Started], None], *, foreground: boo
     process do so by SystemExit until the VM handles them itself.
     """
     _leave_on_signals()
-    owner = resolve(config.owner)
-    rundir = RunDir(config.name)
+    rundir = RunDir(config.name, resolve(config.owner))
     rundir.take()
-    rundir.permitted = sockets.owner_only(*owner)
     running = False
 
     def report(_: None) -> None:
@@ -71,7 +69,7 @@ def run(config: VmConfig, started: Callable[[Started], None], *, foreground: boo
 
     try:
         log.setup(rundir.vm_log, vm=config.name, stderr=foreground)
-        status = vm.run(config, rundir, owner, report)
+        status = vm.run(config, rundir, report)
     except BaseException as err:
         if running or not foreground:  # else the caller says it on the same terminal
             log.error(f"{'ends' if running else 'does not start'}: {err or type(err).__name__}")

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from config.errors import HostError
 from vmm import log, runroot, safefile, sockets
+from vmm.owner import Owner
 
 if TYPE_CHECKING:
     import socket
@@ -44,11 +45,13 @@ root = runroot.root
 class RunDir:
     """The runtime directory of the VM that this process starts or is."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, owner: Owner | None = None) -> None:
+        """`owner` may use the VM as well, once it is given to him; by default this user."""
         if not runroot.is_name(name):
             raise HostError(f"'{name}' cannot name a VM", hint="letters, digits, . _ - only")
         self.name, self.path = name, f"{root()}/{name}"
-        self.permitted = sockets.owner_only(os.geteuid())  # who may use the sockets
+        self.owner = owner or Owner(os.geteuid(), None)
+        self.permitted = sockets.owner_only(*self.owner)  # who may use the sockets
         self.id = 0  # known once taken
         self._dir = self._lock = -1
         self._fresh = False  # nothing of an earlier run is here

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from config.errors import KvmError
     from config.model import VmConfig
-    from vmm.owner import Owner
     from vmm.rundir import RunDir
 
 STORM_SECONDS: Final = 6.0  # boots closer than this count as a storm, as in vmd
@@ -48,14 +47,14 @@ class Ending(NamedTuple):
     guest: bool = False  # whether the guest asked for it
 
 
-def run(config: VmConfig, rundir: RunDir, owner: Owner, report: Callable[[None], None]) -> int:
+def run(config: VmConfig, rundir: RunDir, report: Callable[[None], None]) -> int:
     """Run one VM in this process until it ends; returns the VM's exit status.
 
-    The process becomes `owner`'s before the guest is loaded. `report(None)` is called once the
-    guest runs. Raises PyvmError if it never gets that far, with everything given back.
+    The process becomes `rundir.owner`'s before the guest is loaded. `report(None)` is called
+    once the guest runs. Raises PyvmError if it never gets that far, with everything given back.
     """
     with ExitStack() as parts:
-        vm = VirtualMachine(config, rundir, owner, parts)
+        vm = VirtualMachine(config, rundir, parts)
         vm.start()
         report(None)
         return vm.serve().status
@@ -64,9 +63,9 @@ def run(config: VmConfig, rundir: RunDir, owner: Owner, report: Callable[[None],
 class VirtualMachine:
     """One VM and its doors to the outside."""
 
-    def __init__(self, config: VmConfig, rundir: RunDir, owner: Owner, parts: ExitStack) -> None:
+    def __init__(self, config: VmConfig, rundir: RunDir, parts: ExitStack) -> None:
         """Build every part; `parts` closes them in reverse order, also after a failure here."""
-        self.config, self._rundir, self._owner = config, rundir, owner
+        self.config, self._rundir = config, rundir
         self._jail = config.jail or default_jail()
         self._state = "prelaunch"
         self._ending: Ending | None = None
@@ -75,7 +74,7 @@ class VirtualMachine:
         self._loop = loop = Loop()
         parts.callback(loop.close)
         # Before KVM is opened and before there is a second thread.
-        spawner = Spawner(config.name, self._jail, owner.uid)
+        spawner = Spawner(config.name, self._jail, rundir.owner.uid)
         parts.callback(spawner.close, loop)
         images = parts.enter_context(boot.open_images(config.boot))
         self._wishes = GuestWishes(self, loop)
@@ -97,8 +96,8 @@ class VirtualMachine:
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
                 signal.signal(number, self._signalled)
-        give(self._rundir, self._owner)
-        report = confine(self._rundir.path, *self._owner, self._jail)
+        give(self._rundir)
+        report = confine(self._rundir.path, *self._rundir.owner, self._jail)
         log.info(report.summary())
         self._machine.power_on()
         self._machine.resume()
@@ -252,8 +251,9 @@ class VirtualMachine:
         self._loop.call(partial(self.end, ending))
 
 
-def give(rundir: RunDir, owner: Owner) -> None:
-    """Let `owner` use the VM. Raises HostError."""
+def give(rundir: RunDir) -> None:
+    """Let the VM's owner use it. Raises HostError."""
+    owner = rundir.owner
     if owner == (os.geteuid(), None):
         return
     try:

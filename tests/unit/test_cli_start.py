@@ -14,7 +14,7 @@ import pytest
 from config.errors import HostError
 from tests.unit.cli_fakes import DEADLINE
 from tests.unit.cli_start_lab import TWO, YAML, ends, fails, runs
-from vmm import survey
+from vmm import survey, vm
 from vmm.owner import Owner, resolve, user_name
 
 if TYPE_CHECKING:
@@ -258,6 +258,7 @@ def test_an_owner_gets_the_vm(lab: StartLab) -> None:
     def run(config: VmConfig, rundir: RunDir, report: Report) -> int:
         sock = rundir.listen_control()
         with sock:
+            vm.give(rundir)
             return runs(config, rundir, report)
 
     lab.vm_is(run)
@@ -277,8 +278,12 @@ def test_a_vm_cannot_be_given_away_by_its_user(
     def refuse(*_: Any) -> None:
         raise PermissionError(1, "Operation not permitted")
 
+    def run(config: VmConfig, rundir: RunDir, report: Report) -> int:
+        vm.give(rundir)
+        return runs(config, rundir, report)
+
     monkeypatch.setattr(Real, "give", refuse)
-    lab.vm_is(runs)
+    lab.vm_is(run)
     lab.yaml.write_text(YAML + "owner: 65534\n")
 
     assert lab.start() == 1
