@@ -199,7 +199,7 @@ def test_5_2_6_get_id(make: Callable[..., BlkLab], serial: str, expected: bytes)
     assert make(serial=serial).ask(T_GET_ID, room=20) == Answer(S_OK, 21, expected)
 
 
-def test_5_2_6_get_id_with_another_length(make: Callable[..., BlkLab]) -> None:
+def test_cve_2021_3546_get_id_is_clipped_to_the_buffer(make: Callable[..., BlkLab]) -> None:
     """A shorter buffer gets as much as it holds, a longer one is not filled up."""
     blk = make(serial="0123456789abcdefghij")
 

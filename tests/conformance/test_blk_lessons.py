@@ -64,6 +64,19 @@ def test_cve_2019_18960_header_shorter_than_a_header(
         kick(blk)
 
 
+def test_cve_2022_2132_a_header_in_pieces(blk: BlkLab) -> None:
+    """Header, data and status may share descriptors, or each byte have its own."""
+    header = HEADER.pack(T_OUT, 0, 9)
+    for readable in (
+        [header + b"w" * 512],
+        [header[:3], header[3:] + b"w" * 100, b"w" * 412],
+        [*(bytes([byte]) for byte in header), b"w" * 512],
+    ):
+        assert blk.ask(T_OUT, 9, bytes(512)).status == S_OK
+        assert blk.ask_raw(readable, [1]) == Answer(S_OK, 1, b"")
+        assert blk.ask_raw([HEADER.pack(T_IN, 0, 9)], [513]).data == b"w" * 512
+
+
 def test_cve_2024_7730_no_room_for_the_status(blk: BlkLab) -> None:
     """A request must have room for its status byte; empty elements give none."""
     for writable in ([], [0], [0, 0]):

@@ -120,7 +120,7 @@ def test_a_flush_does_not_wait_for_what_it_need_not_cover(blk: BlkLab, ring: Slo
     assert collect(blk) == {slow: Answer(S_OK, 1, b"")}
 
 
-def test_more_than_fit_wait_for_room(blk: BlkLab, ring: SlowRing) -> None:
+def test_cve_2020_16843_more_than_fit_go_on_when_there_is_room(blk: BlkLab, ring: SlowRing) -> None:
     """No more are in flight than the ring has entries; the rest is popped when there is room."""
     blk.start(F_INDIRECT_DESC, arena_bytes=1 << 20)
     for queue in (0, 1):

@@ -220,7 +220,7 @@ def test_the_drivers_wish_for_silence_is_kept(blk: BlkLab) -> None:
         assert blk.interrupts == []
 
 
-def test_a_budget_ends_a_turn(blk: BlkLab) -> None:
+def test_cve_2019_3900_a_budget_ends_a_turn(blk: BlkLab) -> None:
     """Who asks for much is served in turns, so that others get theirs: nothing is lost."""
     length = 128 << 10
     nr_requests = 2 * BUDGET // length
@@ -275,7 +275,7 @@ def test_packed_rings(tmp_path: Path, cache: str) -> None:
 
 
 @pytest.mark.parametrize("cache", ["writeback", "none"])
-def test_requests_of_a_killed_predecessor_are_done(tmp_path: Path, cache: str) -> None:
+def test_spdk_3766_requests_of_a_killed_predecessor_are_done(tmp_path: Path, cache: str) -> None:
     """Chains that were popped and never given back are served first by the next process."""
     area = memoryview(mmap.mmap(-1, inflight_bytes(256, packed=False)))
     with BlkLab(tmp_path, SIZE, content=PATTERN, cache=cache, inflight=area) as killed:
