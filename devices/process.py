@@ -35,6 +35,7 @@ from devices import jail, words
 from devices.device import DEBUG, WARNING
 from devices.guestmem import GuestMemory, Region
 from devices.loop import READ, Loop
+from devices.spec import INFLIGHT_STRIDE
 from devices.transport import ISR_QUEUE
 from devices.viodev import CONFIG_CHANGE, Channel, ChannelError, ImsgType, MsgType, ViodevMsg
 from devices.virtio import Registers
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 
 WAIT: Final = 0.0  # no deadline: a VM process that is stopped by a debugger is not gone
 GC_THRESHOLD: Final = 50_000  # objects: a net for mistakes
-INFLIGHT_STRIDE: Final = 0x9000  # bytes per queue in the in-flight memfd: any queue fits
 
 
 class Order(NamedTuple):
@@ -232,8 +232,9 @@ class Process:
         try:
             request = json.loads(data)
             return {"value": self._device.setting(request["name"], request["value"])}
-        except GuestError:
-            raise
+        except GuestError as err:
+            self._transport.fail(err)
+            return {"error": str(err)}
         except (PyvmError, ValueError, KeyError, TypeError, RecursionError) as err:
             return {"error": str(err)}
 

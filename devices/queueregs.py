@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from config.errors import GuestError
+from devices.inflight import Inflight
 from devices.spec import QUEUE_SIZE_MAX
 from devices.virtqueue import QueueState, VirtQueue, open_queue
 
@@ -24,12 +25,18 @@ class QueueRegisters:
         self.clear()
 
     def clear(self) -> None:
-        """Return to the values after a reset, and let go of the ring."""
+        """Return to the first values, and let go of the ring."""
         if self.queue is not None:
             self.queue.reset()
             self.queue = None
         self.size = self.default_size
         self.desc_gpa = self.avail_gpa = self.used_gpa = 0
+
+    def reset(self) -> None:
+        """Forget everything for good, also what a killed predecessor left to be taken over."""
+        self.clear()
+        if self.inflight is not None:
+            Inflight(self.inflight, 1, packed=False).void()  # whatever queue it holds
 
     def resize(self, size: int, *, packed: bool) -> None:
         """Take a driver's wish; one that cannot be leaves 0, and then the queue is no queue.

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 VIRTIO_VENDOR: Final = 0x1AF4
 MODERN_DEVICE: Final = 0x1040  # + virtio device id
 QUEUE_SIZE_MAX: Final = 1024  # what a driver may raise no queue above, as in vmd
+INFLIGHT_STRIDE: Final = 0x9000  # bytes per queue in a device's in-flight memfd: any queue fits
 
 
 class Block(IntEnum):

@@ -198,7 +198,7 @@ class Transport:
         self.device.reset()
         self.live[:] = [None] * len(self.live)
         for registers in self.registers:
-            registers.clear()
+            registers.reset()
         self.status = self.isr = self.accepted = self.features = 0
         self.legacy = False
 
@@ -227,7 +227,7 @@ class Transport:
         """Let go of one queue; its registers return to their defaults (§2.6.1)."""
         self.device.reset_queue(index)
         self.live[index] = None
-        self.registers[index].clear()
+        self.registers[index].reset()
 
     def notify(self, index: int) -> None:
         """Take a kick that came as a register write; a queue that is not there is nobody's."""

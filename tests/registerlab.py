@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from devices.device import Device
-from devices.process import INFLIGHT_STRIDE
+from devices.spec import INFLIGHT_STRIDE
 from devices.virtio import Registers
 from tests.driver import make_memory
 from tests.virtiodriver import VirtioDriver

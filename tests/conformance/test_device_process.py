@@ -7,12 +7,13 @@ process, so a device class patched before the fork is what it runs.
 from __future__ import annotations
 
 import os
+import struct
 from typing import TYPE_CHECKING
 
 import pytest
 
 from devices.features import F_EVENT_IDX, F_RING_PACKED, F_RING_RESET, F_VERSION_1
-from devices.spec import Block
+from devices.spec import INFLIGHT_STRIDE, Block
 from devices.viodev import CONFIG_CHANGE, ImsgType
 from devices.virtio import CommonCfg
 from devices.words import BURST
@@ -198,6 +199,31 @@ def test_nothing_is_touched_after_status_reads_0(spawner: Spawner, features: int
             host.kick(0)
             assert host.status in (0, READY)
             assert not any(host.memory.read(0, 2 << 20))
+
+
+def test_the_in_flight_area_outlives_the_process(spawner: Spawner) -> None:
+    """It is memory of the VM process's: in use while the queue is, void after a reset."""
+    fd = os.memfd_create("inflight")
+    os.ftruncate(fd, INFLIGHT_STRIDE)
+    with DeviceHost("viornd", spawner=spawner, inflight=fd) as host:
+        [queue] = host.start()
+        queue.add([], [8])
+        host.kick(0)
+        assert host.wait_call(0, DEADLINE)
+        host.process.kill()
+        assert host.wait_end() == "killed by signal 9"
+        version, size, _, used = struct.unpack("<4H", os.pread(fd, 8, 0))
+        assert (version, size, used) == (1, queue.size, 1)
+    with DeviceHost("viornd", spawner=spawner, inflight=fd) as host:
+        host.status = 0
+        assert host.status == 0
+        assert os.pread(fd, 2, 0) == bytes(2)
+        [queue] = host.start()  # afresh, not where the other ended
+        queue.add([], [8])
+        host.kick(0)
+        assert host.wait_call(0, DEADLINE)
+        assert len(queue.collect()) == 1
+    os.close(fd)
 
 
 # Pause.

@@ -11,8 +11,7 @@ import pytest
 from config.errors import GuestError
 from devices.features import F_EVENT_IDX, F_RING_PACKED, F_VERSION_1
 from devices.inflight import inflight_bytes
-from devices.process import INFLIGHT_STRIDE
-from devices.spec import QUEUE_SIZE_MAX, Block
+from devices.spec import INFLIGHT_STRIDE, QUEUE_SIZE_MAX, Block
 from devices.viodev import CONFIG_CHANGE
 from devices.virtio import CommonCfg
 from tests.registerlab import Lab
