@@ -144,6 +144,13 @@ DEBUG: Final = Table(
             "Let a guest's write of V to port 0xf4 end the VM with exit status 2V + 1. For tests: "
             "any program in the guest that reaches I/O ports can end the VM.",
         ),
+        Key(
+            "eventfds",
+            Bool(),
+            "Let KVM carry kicks and interrupts straight to and from device processes. Switched "
+            "off, the VM process forwards them as it does on a host whose KVM cannot: slow, for "
+            "tests.",
+        ),
     ),
     DebugConfig,
 )

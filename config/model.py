@@ -24,6 +24,7 @@ class DebugConfig(NamedTuple):
 
     console: bool = False  # port 0x402: each byte written goes to the log
     exit: bool = False  # port 0xf4: a write ends the VM with status (value << 1) | 1
+    eventfds: bool = True  # kicks and interrupts by KVM's eventfds; else by way of the VM process
 
 
 class DiskConfig(NamedTuple):

@@ -81,6 +81,11 @@ class Machine:
             owner.power_off,
             owner.failed,
         )
+        able = self._system.capability
+        wanted = config.debug.eventfds
+        #: Whether KVM carries kicks, and interrupts, without this process.
+        self.ioeventfds = wanted and bool(able(Cap.IOEVENTFD))
+        self.irqfds = wanted and bool(able(Cap.IRQFD) and able(Cap.IRQFD_RESAMPLE))
         self.first_run = 0.0  # CLOCK_MONOTONIC
         self._gate = Gate()
         self._vcpus: list[VcpuThread] = []

@@ -79,7 +79,8 @@ class Device:
             router=machine.router,
             vm=machine.vm,
             channel=self.channel,
-            kicks=dict(enumerate(self._kicks)),
+            kicks=dict(enumerate(self._kicks)) if machine.ioeventfds else {},
+            irqfd=machine.irqfds,
             transitional=config.transitional,
         )
         pci.add(self.function, slot)
