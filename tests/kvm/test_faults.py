@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import tempfile
@@ -22,6 +23,7 @@ from vmm import checks, kvm, kvmabi
 from vmm.boot import open_images
 from vmm.kvmabi import Cap
 from vmm.machine import Machine
+from vmm.qmpclient import QmpClient
 
 pytestmark = pytest.mark.kvm
 
@@ -183,3 +185,23 @@ def test_disk_full_under_the_log(start_vm: Callable[[dict[str, Any]], GuestVm]) 
     assert pyvmctl("reset", "vm").returncode == 0
     vm.console.expect("Hello from")
     assert vm.status()["state"] == "running"
+
+
+def test_device_process_killed(start_vm: Callable[[dict[str, Any]], GuestVm]) -> None:
+    """A device process that dies is named with its status; the VM and other devices live on."""
+    vm = start_vm({"name": "vm", "memory": "16M", "boot": {"kernel": HELLO}})
+    vm.console.expect("hello>")
+    with QmpClient(f"{vm.directory}/control.sock") as client:
+        (rng,) = client.call("x-pyvmd-info")["devices"]
+        assert (rng["name"], rng["state"]) == ("viornd", "running")
+        os.kill(rng["pid"], signal.SIGKILL)
+        event = next(event for event in client.events(10) if "DEVICE" in event["event"])
+        assert event["data"]["device"] == "viornd"
+        assert f"process {rng['pid']} killed by signal 9" in event["data"]["reason"]
+        (rng,) = client.call("x-pyvmd-info")["devices"]
+        assert rng["state"] == "lost"
+    assert "vm/viornd: device lost" in vm.log()
+    vm.console.send("help\r")
+    vm.console.expect("triple fault")
+    assert pyvmctl("reset", "vm").returncode == 0  # a reset copes with the hole
+    vm.console.expect("Hello from")
