@@ -197,10 +197,10 @@ def main(arguments: Sequence[str]) -> int:
     if options.exits_here:
         return exits(options.runs)
     subprocess.run([ROOT / "tools/guest-image"], check=True, stdout=sys.stderr)
-    command = [ROOT / "tools/bench", "boot", "--exits-here", f"--runs={options.runs}"]
+    command = [f"{ROOT}/tools/bench", "boot", "--exits-here", f"--runs={options.runs}"]
     if subprocess.run([sys.executable, "-m", "vmm.probe"], cwd=ROOT, check=False).returncode:
         print("this KVM cannot run stock kernels: counting inside tools/kvmhost", file=sys.stderr)
-        command = [ROOT / "tools/kvmhost", *command]
+        command = [f"{ROOT}/tools/kvmhost", *command]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.decode()
     results = json.loads(output[output.index("{") :])
     starts = spread(first_run(options.starts))
