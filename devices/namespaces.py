@@ -29,6 +29,7 @@ SPACES: Final = {
 
 _MS_RDONLY: Final = 1
 _MS_NOSUID_NODEV_NOEXEC: Final = 2 | 4 | 8
+_MS_MOVE: Final = 0x2000
 _MS_REC: Final = 0x4000
 _MS_PRIVATE: Final = 0x40000
 _MNT_DETACH: Final = 2
@@ -81,7 +82,7 @@ def map_self(uid: int, gid: int) -> None:
 def empty_root() -> None:
     """Make an empty read-only file system the root, in a mount namespace of our own.
 
-    Where the root cannot be exchanged (it is the initramfs), it is left behind. Raises OSError.
+    Where the root cannot be exchanged, since it is the initramfs, it is covered. Raises OSError.
     """
     mount(None, "/", "", _MS_REC | _MS_PRIVATE, "")
     flags = _MS_RDONLY | _MS_NOSUID_NODEV_NOEXEC
@@ -90,6 +91,8 @@ def empty_root() -> None:
     try:
         syscalls.call("pivot_root", b".", b".")
     except OSError:
+        # Moved there, and not just chroot: who is in a chroot may not make user namespaces.
+        mount(".", "/", "", _MS_MOVE, "")
         os.chroot(".")
     else:
         # The old root is mounted over the new one now, and "." is still in the old one.
@@ -137,7 +140,12 @@ def fork(spaces: Sequence[str]) -> tuple[int, dict[str, str]]:
     """
     ours, theirs = os.pipe()
     gate, opener = os.pipe()
-    between = os.fork()
+    try:
+        between = os.fork()
+    except OSError:
+        for fd in (ours, theirs, gate, opener):
+            os.close(fd)
+        raise
     if not between:
         failed = unshare(spaces)
         try:
