@@ -6,94 +6,22 @@ those of the classes in config.model; a key whose field has none must be given.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Final
 
-from config.kinds import BlockSize, Bool, Choice, Int, Kind, Path, Rate, Size, Text, Words
-from config.model import BootConfig, DebugConfig, DiskConfig, RngConfig, VmConfig
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-IGNORED_PREFIX: Final = "x-"  # such keys are the user's own: notes, anchors, other tools' data
-
-# table.key → what it will be. Refused until then; taking a line out is all that opens the key.
-NOT_BUILT: Final[dict[str, str]] = {
-    "file.switches": "virtual switches that interfaces join",
-    "file.staggered-start": "starting many VMs a few at a time",
-    "vm.cdrom": "an ISO image in a virtio CD-ROM drive",
-    "vm.interfaces": "virtio network devices",
-    "vm.vmmci": "the control device that asks a guest to shut down",
-    "vm.balloon": "the virtio memory balloon",
-    "vm.vhost-user": "devices served by other programs",
-    "vm.instances": "VMs made from this one as a template",
-    "vm.allow": "who may make instances of this VM, and with which changes",
-    "boot.firmware": "starting through SeaBIOS or another firmware image",
-    "boot.order": "which devices the firmware tries",
-}
-
-
-class Key(NamedTuple):
-    """One key of a mapping."""
-
-    name: str
-    kind: Kind | ListOf | Table
-    help: str  # one or two sentences for the manual and for editors
-    aliases: tuple[str, ...] = ()
-    needs: str = ""  # the key that must be there, too
-    excludes: str = ""  # the key that must not
-    absent: str = ""  # what leaving it out means, where the default's value does not tell
-
-    @property
-    def field(self) -> str:
-        """Its name in the record."""
-        return self.name.replace("-", "_")
-
-    @property
-    def below(self) -> Table | None:
-        """The table of its value, or of each item of its list; None if it holds scalars."""
-        inner = self.kind.item if isinstance(self.kind, ListOf) else self.kind
-        return inner if isinstance(inner, Table) else None
-
-
-class ListOf(NamedTuple):
-    """A list of at most `most` items."""
-
-    item: Kind | Table
-    most: int
-    unique: bool = False
-
-
-class Table(NamedTuple):
-    """The keys of one kind of mapping, and the record it becomes."""
-
-    name: str
-    keys: tuple[Key, ...]
-    make: type[Any]  # a NamedTuple class of config.model
-    one_of: tuple[str, ...] = ()  # one of these keys must be there
-    check: Callable[[Any], Iterator[tuple[str, str]]] | None = None  # record → (key, complaint)
-
-    def spellings(self) -> dict[str, Key]:
-        """Return every accepted spelling with its key, without what is not built yet."""
-        known: dict[str, Key] = {}
-        for key in self.keys:
-            if f"{self.name}.{key.name}" not in NOT_BUILT:
-                known.update(dict.fromkeys((key.name, *key.aliases), key))
-        return known
-
-    def names(self) -> list[str]:
-        """Return the keys without their aliases and without what is not built yet."""
-        return list(dict.fromkeys(key.name for key in self.spellings().values()))
-
-    def required(self, key: Key) -> bool:
-        """Tell whether `key` must be given."""
-        return key.field not in self.make._field_defaults
-
-    def default(self, key: Key) -> str:
-        """Return what leaving `key` out means, in words for the manual; "" if there are none."""
-        if key.absent or self.required(key) or not isinstance(key.kind, Kind):
-            return key.absent
-        return key.kind.show(self.make._field_defaults[key.field])
-
+from config.devicekeys import DISK, RNG, VHOST_DEVICE
+from config.kinds import Bool, Choice, Int, Path, Size, Text, Time, Words
+from config.limitkeys import LIMITS
+from config.model import (
+    BootConfig,
+    DebugConfig,
+    FileConfig,
+    StaggerConfig,
+    VmConfig,
+    VmmciConfig,
+)
+from config.netkeys import NIC, SWITCH, check_file, check_vm
+from config.netkinds import Prefix
+from config.tables import NAME, Key, ListOf, MapOf, PartOf, Table
 
 BOOT: Final = Table(
     "boot",
@@ -120,12 +48,14 @@ BOOT: Final = Table(
         Key(
             "firmware",
             Path("seabios"),
-            "Start this firmware and let it find something to boot.",
+            "Start this firmware and let it find something to boot: `seabios` is the one that the "
+            "host's package of that name has, anything else the file of an image of at most 4 MiB.",
         ),
         Key(
             "order",
             ListOf(Choice("disk", "cdrom", "net"), 3, unique=True),
-            "What the firmware tries, first to last.",
+            "What the firmware tries, first to last, and nothing else. Of several disks SeaBIOS "
+            "boots the first, with blocks of 512 bytes; from `net` it cannot boot.",
             needs="firmware",
             absent="the firmware's own order",
         ),
@@ -156,87 +86,31 @@ DEBUG: Final = Table(
 )
 
 
-def _check_disk(disk: DiskConfig) -> Iterator[tuple[str, str]]:
-    """Compare the sizes: the guest is told the others in logical blocks (virtio 1.2 §5.2.4)."""
-    if disk.physical_block_size and disk.physical_block_size < disk.block_size:
-        yield "physical-block-size", f"is smaller than block-size ({disk.block_size})"
-    for key, size in (("min-io-size", disk.min_io_size), ("opt-io-size", disk.opt_io_size)):
-        if size % disk.block_size:
-            yield key, f"is no multiple of block-size ({disk.block_size})"
-    if disk.opt_io_size and disk.opt_io_size < disk.min_io_size:
-        yield "opt-io-size", f"is smaller than min-io-size ({disk.min_io_size})"
-
-
-DISK: Final = Table(
-    "disk",
-    (
-        Key("path", Path(), "The image or block device."),
-        Key(
-            "format",
-            Choice("raw", "qcow2"),
-            "The image's format. It is never guessed: a guest that owns a raw image could write "
-            "a qcow2 header into it that names any file of the host.",
-        ),
-        Key("readonly", Bool(), "Refuse the guest's writes and open the image without them."),
-        Key(
-            "cache",
-            Choice("writeback", "none"),
-            "`writeback` goes through the host's page cache, `none` past it (O_DIRECT). "
-            "A flush by the guest reaches the disk either way.",
-        ),
-        Key(
-            "serial",
-            Text("a serial number of at most 20 bytes", 20),
-            "The serial number that the guest reads.",
-            absent="none",
-        ),
-        Key("queues", Int(1, 32), "Request queues; more than one helps a guest with many CPUs."),
-        Key("block-size", BlockSize(512, 4096), "Logical block size that the guest sees."),
-        Key(
-            "physical-block-size",
-            BlockSize(512, 64 << 10),
-            "Block size below which the guest should not write.",
-            absent="as block-size",
-        ),
-        Key(
-            "min-io-size",
-            Size(512, 16 << 20, 512),
-            "Smallest request that the storage handles well.",
-            absent="not told",
-        ),
-        Key(
-            "opt-io-size",
-            Size(512, 1 << 30, 512),
-            "Request size that the storage handles best.",
-            absent="not told",
-        ),
-    ),
-    DiskConfig,
-    check=_check_disk,
-)
-
-RNG: Final = Table(
-    "rng",
+VMMCI: Final = Table(
+    "vmmci",
     (
         Key(
-            "rate",
-            Rate(),
-            "The most entropy that the guest may draw, as `1M/s`.",
-            absent="no limit",
+            "ack-timeout",
+            Time(0.1, 3600),
+            "How long a guest may take to take note of a request to shut down or reboot; then the "
+            "next way is tried.",
+        ),
+        Key(
+            "shutdown-timeout",
+            Time(0.1, 86400),
+            "How long it may take from then until it is down; then the VM is ended, or reset.",
         ),
     ),
-    RngConfig,
+    VmmciConfig,
+    switch="enabled",
 )
 
-NAME: Final = Text(
-    "a name of at most 63 letters, digits, '.', '-', '_' that starts with a letter",
-    63,
-    r"[A-Za-z][A-Za-z0-9._-]{0,62}",
-)
 _WHO: Final = r"([A-Za-z_][A-Za-z0-9_.-]{0,31}|[0-9]{1,10})"
 OWNER: Final = Text(
     "an owner such as alice, alice:staff, :staff or 1000", 65, f"{_WHO}(:{_WHO})?|:{_WHO}"
 )
+
+CHANGES: Final = ("boot", "memory", "interface", "disk", "cdrom", "instance")
 
 VM: Final = Table(
     "vm",
@@ -262,11 +136,50 @@ VM: Final = Table(
             "owner",
             OWNER,
             "Who may control the VM besides root: `user`, `user:group` or `:group`, each by name "
-            "or number.",
+            "or number. See [pyvmctl.md](pyvmctl.md).",
             absent="whoever starts it",
         ),
         Key("disks", ListOf(DISK, 16), "Virtio block devices, in the guest's order."),
+        Key(
+            "cdrom",
+            Path("empty"),
+            "A CD-ROM drive with this ISO image or block device in it, or `empty`: `pyvmctl cdrom` "
+            "changes the disc.",
+            absent="no drive",
+        ),
+        Key("interfaces", ListOf(NIC, 16), "Virtio network devices, in the guest's order."),
+        Key(
+            "switches",
+            MapOf(SWITCH, "switches"),
+            "Virtual switches that interfaces join, by name. In a file of several VMs they stand "
+            "beside `vms`.",
+        ),
+        Key(
+            "local-prefix",
+            Prefix(4),
+            "Where local interfaces take their IPv4 addresses from. Interface 0 of the VM with "
+            "the id 3 has 100.64.3.3, its host side 100.64.3.2.",
+        ),
+        Key(
+            "local-inet6",
+            Prefix(6, "auto"),
+            "Give local interfaces IPv6 addresses, too: from this prefix, or with `auto` from a "
+            "unique local one that this host always has.",
+            absent="no IPv6",
+        ),
         Key("rng", RNG, "The virtio entropy device."),
+        Key(
+            "vhost-user",
+            ListOf(VHOST_DEVICE, 16),
+            "Further virtio devices, each served by another program; see "
+            "[vhost-user.md](vhost-user.md).",
+        ),
+        Key(
+            "vmmci",
+            VMMCI,
+            "The control device through which `pyvmctl stop` and `reboot` ask the guest, and the "
+            "times they give it; `false` leaves the device out. See [stopping.md](stopping.md).",
+        ),
         Key(
             "jail",
             Choice("required", "best-effort", "off"),
@@ -274,8 +187,55 @@ VM: Final = Table(
             "`best-effort` reports what is missing.",
             absent="required for root, else best-effort",
         ),
+        Key(
+            "limits",
+            LIMITS,
+            "What the VM may use of the host, by a cgroup of its own. Where the host does not let "
+            "it have one, the VM does not start. See [pyvmctl.md](pyvmctl.md).",
+        ),
         Key("transitional", Bool(), "Let virtio devices serve drivers older than virtio 1.0, too."),
         Key("packed", Bool(), "Offer the packed virtqueue layout to the guest."),
+        Key(
+            "instance",
+            NAME,
+            "The VM of this file that this one is made from: it has that one's keys, but for its "
+            "disks, `name`, `enable` and `allow`, unless it has its own.",
+            absent="no template",
+        ),
+        Key(
+            "allow",
+            ListOf(Choice(*CHANGES), len(CHANGES), unique=True),
+            "What VMs made from this one may change: `memory` stands for `vcpus`, too, and "
+            "`instance` lets them be templates themselves.",
+            absent="everything",
+        ),
     ),
     VmConfig,
+    check=check_vm,
+)
+
+STAGGER: Final = Table(
+    "staggered-start",
+    (
+        Key("parallel", Int(1, 1024), "How many VMs are started together.", absent="one per CPU"),
+        Key("delay", Time(0, 3600), "How long to wait before the next ones."),
+    ),
+    StaggerConfig,
+)
+
+NOT_SHARED: Final = ("name", "instance", "switches")  # VM keys that make no sense as defaults
+
+# What a file of several VMs has beside the user's own keys. `defaults` is a VM with holes.
+FILE: Final = Table(
+    "file",
+    (
+        Key("vms", MapOf(VM, "VMs"), "The VMs, by name."),
+        Key(
+            "switches", MapOf(SWITCH, "switches"), "Virtual switches that interfaces join, by name."
+        ),
+        Key("defaults", PartOf(VM), "Keys that hold for every VM that does not have its own."),
+        Key("staggered-start", STAGGER, "Start the VMs a few at a time.", absent="all at once"),
+    ),
+    FileConfig,
+    check=check_file,
 )

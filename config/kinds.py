@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from config.units import MAX_SIZE, format_rate, format_size, parse_rate, parse_size
+from config.units import (
+    MAX_SIZE,
+    format_rate,
+    format_size,
+    format_time,
+    parse_rate,
+    parse_size,
+    parse_time,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -196,6 +204,36 @@ class Rate(Kind):
     def json_schema(self) -> dict[str, Any]:
         """Check the form."""
         return {"type": "string", "pattern": f"^{_SIZE_TEXT}/s$"}
+
+
+class Time(Kind):
+    """Seconds from `low` to `high`, "30s" or "5m"; a bare number counts seconds."""
+
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high = low, high
+
+    def expects(self) -> str:
+        """Name the range."""
+        return f"a time from {format_time(self.low)} to {format_time(self.high)}"
+
+    def read(self, text: str) -> float:
+        """Return seconds. Raises ValueError."""
+        try:
+            value = parse_time(text)
+        except ValueError as err:
+            raise self.refuse(text) from err
+        if not self.low <= value <= self.high:
+            raise self.refuse(text)
+        return value
+
+    def show(self, value: Any) -> str:
+        """Return the shortest exact spelling."""
+        return format_time(value)
+
+    def json_schema(self) -> dict[str, Any]:
+        """Check the form."""
+        text = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?[smh]?$"}
+        return {"anyOf": [text, {"type": "number", "minimum": self.low, "maximum": self.high}]}
 
 
 class Choice(Kind):

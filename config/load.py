@@ -68,9 +68,9 @@ def load_text(text: str, name: str) -> Config:
     root = _compose(text.removeprefix("\ufeff"), report)
     directory = os.path.realpath(os.path.dirname(name))
     stem = os.path.splitext(os.path.basename(name))[0]
-    vms = Decoder(report, directory).file(root, stem)
+    file = Decoder(report, directory).file(root, stem)
     report.check()
-    return Config(vms, report.warnings())
+    return Config(file.vms, report.warnings(), file.staggered_start)
 
 
 def _check_text(text: str, report: Report) -> None:

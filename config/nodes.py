@@ -13,6 +13,7 @@ from config.kinds import quoted
 if TYPE_CHECKING:
     from typing import NoReturn
 
+BAD: Final = object()  # stands for a value that was complained about
 MAX_ERRORS: Final = 100  # bounds the work of did-you-mean on a file of nothing but mistakes
 
 
@@ -54,6 +55,13 @@ def describe(node: Node) -> str:
     if isinstance(node, Scalar):
         return "nothing" if node.nothing else quoted(node.text)
     return "a list" if isinstance(node, Sequence) else "a mapping"
+
+
+def join(path: str, word: str) -> str:
+    """Return the path of a key; words that would blur it are quoted."""
+    plain = word.isprintable() and 0 < len(word) <= 40 and " " not in word
+    part = word if plain else quoted(word)
+    return f"{path}.{part}" if path else part
 
 
 class Report:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from config.keys import NOT_BUILT, VM, Key, ListOf, Table
+from config.keys import FILE, NOT_SHARED, VM
+from config.tables import NOT_BUILT, Key, ListOf, MapOf, PartOf, Table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,6 +33,18 @@ or several, by name:
 vms:
   web: {memory: 512M, boot: {kernel: vmlinuz}}
   db: {memory: 2G, boot: {kernel: vmlinuz}}
+```
+
+What they have in common is written once: `defaults:` holds for all of them, and a VM with
+`instance: web` is made like `web`, which may be nothing but a template (`enable: no`):
+
+```yaml
+defaults: {boot: {kernel: vmlinuz}, memory: 1G}
+staggered-start: {parallel: 2, delay: 10s}
+vms:
+  web: {enable: no, vcpus: 2, allow: [disk, memory]}
+  web1: {instance: web, disks: [{path: web1.img, format: raw}]}
+  web2: {instance: web, disks: [{path: web2.img, format: raw}], memory: 2G}
 ```
 
 ## Rules
@@ -63,16 +76,23 @@ _VM_CONF: Final = (
     ("`enable`, `disable`", "`enable: true`, `enable: false`"),
     ("`memory SIZE`", "`memory`; never rounded: a size that does not fit is refused"),
     ("`boot PATH`", "`boot.kernel` for a kernel, `boot.firmware` for firmware"),
-    ("`boot device`", "`boot.order`, a list"),
+    (
+        "`boot device WORD`",
+        "`boot.order: [WORD]`; the VM comes back after the guest's reset all the same",
+    ),
     ("`owner`", "`owner`"),
     ("`disk PATH format`", "`disks`, a list; the format must be given"),
     ("`cdrom PATH`", "`cdrom`"),
     ("`interface`, `interfaces N`", "`interfaces`, a list; a count alone has no place here"),
-    ("`local`, `switch`, `lladdr`, `locked`, `group`, `rdomain`, `up`, `down`", "`interfaces`"),
-    ("`switch NAME`", "`switches`"),
-    ("`instance`, `allow instance`", "`instances`, `allow`"),
+    ("`switch`, `lladdr`, `locked`, `up`, `down`", "the same words in `interfaces`; `up: no`"),
+    ("`local`", "`local: true`; not beside `switch`, since a Linux bridge takes every frame"),
+    ("`group`", "`group`, a number: Linux has no named groups"),
+    ("`rdomain`", "none: a VRF is set up with the bridge, or with a tap that is there before"),
+    ("`switch NAME`, `interface bridge0`", "`switches`, `bridge: br0`"),
+    ("`vm PARENT instance CHILD`", "`CHILD: {instance: PARENT}` below `vms:`"),
+    ("`allow instance`", "`allow`; not `owner`: an instance is started with its starter's rights"),
     ("`staggered start`", "`staggered-start`"),
-    ("`local prefix`, `local inet6`", "come with `interfaces`"),
+    ("`local prefix`, `local inet6`", "`local-prefix`, `local-inet6`, best below `defaults:`"),
     ("`sev`, `seves`", "none: encrypted guests are not supported"),
     ("`socket owner`", "none: no daemon, so no common socket; each VM has its `owner`"),
     ("`agentx`", "none: there is no SNMP agent"),
@@ -87,6 +107,7 @@ def markdown() -> str:
         for name, what in NOT_BUILT.items()
     ]
     parts = [_INTRODUCTION, *_sections("Keys of a VM", "", VM)]
+    parts += _sections("Keys of a file of several VMs", "", FILE)
     if unbuilt:
         text = "These are refused in this version, with a message that says so."
         parts.append(_grid("Not built yet", text, ("Key", "What it will be"), unbuilt))
@@ -102,6 +123,8 @@ def _sections(title: str, path: str, table: Table) -> list[str]:
     found = [_grid(title, "", ("Key", "Value", "If left out", "Meaning"), rows)]
     for key in keys:
         if key.below:
+            if isinstance(key.kind, (MapOf, PartOf)) and key.below is VM:
+                continue  # shown already
             here = f"{path}{key.name}{'[]' if isinstance(key.kind, ListOf) else ''}"
             found += _sections(f"Keys of `{here}`", f"{here}.", key.below)
     return found
@@ -121,8 +144,14 @@ def _row(table: Table, key: Key) -> tuple[str, ...]:
 
 def _kind(key: Key) -> str:
     """Return what a key's value looks like."""
+    if isinstance(key.kind, PartOf):
+        return "a mapping with any keys of a VM but " + ", ".join(
+            f"`{name}`" for name in NOT_SHARED
+        )
+    if isinstance(key.kind, MapOf):
+        return f"a mapping of names to {key.kind.what}"
     if isinstance(key.kind, Table):
-        return "a mapping, see below"
+        return "a mapping, see below" + ", or `false`" * bool(key.kind.switch)
     if not isinstance(key.kind, ListOf):
         return key.kind.expects()
     item = key.kind.item

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from config.keys import IGNORED_PREFIX, NAME, VM, Key, ListOf, Table
+from config.keys import FILE, NOT_SHARED, VM
+from config.kinds import Bool
+from config.tables import IGNORED_PREFIX, NAME, Key, ListOf, MapOf, PartOf, Table
 
 if TYPE_CHECKING:
     from config.kinds import Kind
@@ -16,22 +18,15 @@ if TYPE_CHECKING:
 
 def json_schema() -> dict[str, Any]:
     """Return the schema of a whole file: many VMs below `vms`, or the keys of a single one."""
-    vms = {
-        "description": "Several VMs: a mapping of their names to their keys.",
-        "type": "object",
-        "minProperties": 1,
-        "propertyNames": {"pattern": f"^{NAME.pattern}$"},
-        "additionalProperties": {"$ref": "#/$defs/vm"},
-    }
-    parts = {table.name: _object(table) for table in _tables_below(VM)}
+    parts = {table.name: _object(table) for table in _tables_below(FILE) if table is not VM}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "vm.yaml of pyvmd",
         "type": "object",
         "if": {"required": ["vms"]},
-        "then": _closed({"vms": vms}),
+        "then": _object(FILE),
         "else": {"$ref": "#/$defs/single-vm"},
-        "$defs": {"single-vm": _object(VM), "vm": _object(VM, omit="name"), **parts},
+        "$defs": {"single-vm": _object(VM, "instance"), "vm": _part(VM, "name"), **parts},
     }
 
 
@@ -53,8 +48,16 @@ def _closed(properties: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _object(table: Table, omit: str = "") -> dict[str, Any]:
-    spellings = {word: key for word, key in table.spellings().items() if key.name != omit}
+def _part(table: Table, *omit: str) -> dict[str, Any]:
+    """Return a mapping in which nothing must be given, since it may come from somewhere else."""
+    form = _object(table, *omit)
+    for rule in ("required", "anyOf", "dependentRequired"):
+        form.pop(rule, None)
+    return form
+
+
+def _object(table: Table, *omit: str) -> dict[str, Any]:
+    spellings = {word: key for word, key in table.spellings().items() if key.name not in omit}
     form = _closed({word: _property(table, word, key) for word, key in spellings.items()})
     # A single VM takes its name from the file's, so `name` is never required.
     required = [key.name for key in spellings.values() if table.required(key) and key.kind != NAME]
@@ -81,9 +84,19 @@ def _property(table: Table, word: str, key: Key) -> dict[str, Any]:
     return {**_value(key.kind), "description": text}
 
 
-def _value(kind: Kind | ListOf | Table) -> dict[str, Any]:
+def _value(kind: Kind | ListOf | MapOf | PartOf | Table) -> dict[str, Any]:
+    if isinstance(kind, MapOf):
+        return {
+            "type": "object",
+            "minProperties": 1,
+            "propertyNames": {"pattern": f"^{NAME.pattern}$"},
+            "additionalProperties": _value(kind.item),
+        }
+    if isinstance(kind, PartOf):
+        return _part(kind.item, *NOT_SHARED)
     if isinstance(kind, Table):
-        return {"$ref": f"#/$defs/{kind.name}"}
+        form: dict[str, Any] = {"$ref": f"#/$defs/{kind.name}"}
+        return {"anyOf": [form, Bool().json_schema()]} if kind.switch else form
     if isinstance(kind, ListOf):
         form = {"type": "array", "maxItems": kind.most, "items": _value(kind.item)}
         return form | ({"uniqueItems": True} if kind.unique else {})

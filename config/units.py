@@ -1,4 +1,4 @@
-"""Sizes and rates as people write them: "512M" ↔ bytes, "1M/s" ↔ bytes per second.
+"""Sizes, rates and times as people write them: "512M" ↔ bytes, "1M/s" ↔ bytes per second.
 
 Every unit is a power of 1024, as in vm.conf(5): K, M, G, T, P, E, each also as KiB, MiB, …
 in either case. A bare number counts bytes. KB, MB, … are refused, since half of the world
@@ -12,6 +12,7 @@ from typing import Final
 _PREFIXES: Final = "kmgtpe"
 _LETTERS: Final = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _MAX_DIGITS: Final = 20  # more than 2**63 needs; keeps int() from chewing on a megabyte of digits
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3600}
 MAX_SIZE: Final = 2**63 - 1  # what off_t can say
 
 
@@ -70,3 +71,23 @@ def parse_rate(text: str) -> int:
 def format_rate(rate: int) -> str:
     """Return bytes per second as parse_rate() reads them."""
     return f"{format_size(rate)}/s"
+
+
+def parse_time(text: str) -> float:
+    """Return the seconds that "30", "1.5s", "5m" or "2h" stands for. Raises ValueError."""
+    body = text.strip()
+    number, scale = (body[:-1], _SECONDS[body[-1]]) if body[-1:] in _SECONDS else (body, 1)
+    whole, dot, fraction = number.partition(".")
+    digits = whole + fraction
+    good = digits.isascii() and digits.isdigit() and whole and (fraction or not dot)
+    if not good or len(digits) > _MAX_DIGITS:
+        raise ValueError("not a time such as 30s or 5m")
+    return float(number) * scale
+
+
+def format_time(seconds: float) -> str:
+    """Return seconds in the largest unit that says them exactly; parse_time() reads it back."""
+    for unit, scale in (("h", 3600), ("m", 60)):
+        if seconds and not seconds % scale:
+            return f"{seconds // scale:g}{unit}"
+    return f"{seconds:g}s"

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from devices.device import Host
     from devices.raw import Attempt, Disk
 
+BATCH: Final = 32
 ERRORS_RATE: Final = 1.0  # lines per second about errors of the host
 ERRORS_BURST: Final = 10
 NO_BOUND: Final = 1 << 16  # more requests than there are in flight
@@ -68,15 +69,20 @@ class Server:
 
     #: Whether requests are done in the order they came.
     in_order = True
+    #: Requests that are best given to `serve`, and given back, together.
+    batch = BATCH
 
     def __init__(self, disk: Disk, host: Host, serial: str) -> None:
         """Serve `disk`; GET_ID returns `serial`."""
         self.disk = disk
+        disk.attempts()  # what they need that no jail allows
         #: Bytes of the disk that requests may reach.
         self.limit = disk.size
         #: False: every write is on the medium before it is reported (§5.2.6.2).
         self.writeback = True
         self._host = host
+        self.nr_reads = self.nr_writes = self.nr_others = 0  # requests that were asked for
+        self.bytes_read = self.bytes_written = 0
         self._id = serial.encode()[:ID_BYTES].ljust(ID_BYTES, b"\0")
         self._limiter, self._untold = TokenBucket(ERRORS_RATE, ERRORS_BURST), 0
 
@@ -89,14 +95,13 @@ class Server:
         """Do requests of a queue and add them to `done`; return how many bytes they ask for."""
         limit, readonly = self.limit, self.disk.readonly
         read, write = self._attempts()
-        asked = nr_views = 0
+        asked = nr_views = wrote = nr_writes = nr_others = 0
         run: list[Request] = []  # reads, or writes, that follow each other on the disk
         for request, after in pairwise((*requests, _END)):
             kind, offset, length, views, status, last, capacity, head = request
             end = offset + length
             if (
-                kind > T_OUT
-                or kind < T_IN
+                kind >> 1  # neither T_IN nor T_OUT
                 or (kind and readonly)
                 or length % SECTOR
                 or length > MAX_BYTES
@@ -106,8 +111,12 @@ class Server:
                     self._transfer(queue, run, done)
                     run, nr_views = [], 0
                 self._special(queue, request, done)
+                nr_others += 1
                 continue
             asked += length
+            if kind:
+                wrote += length
+                nr_writes += 1
             goes_on = after[1] == end and after[0] == kind
             if goes_on or run:
                 run.append(request)
@@ -126,12 +135,32 @@ class Server:
                 done.append((head, capacity))
             else:
                 self._transfer(queue, [request], done)
+        if self.disk.pending:
+            self._commit(requests)
+        self.nr_reads += len(requests) - nr_writes - nr_others
+        self.nr_writes += nr_writes
+        self.nr_others += nr_others
+        self.bytes_read += asked - wrote
+        self.bytes_written += wrote
         return asked
 
     def _attempts(self) -> tuple[Attempt | None, Attempt | None]:
         """Return what may be called to read and write before taking more trouble."""
         read, write = self.disk.attempts()
         return read, write if self.writeback else None
+
+    def _commit(self, requests: Sequence[Request]) -> None:
+        """Before it is reported, make what these requests changed outlive this process.
+
+        If that fails, nobody knows which of them are lost: then all have failed.
+        """
+        try:
+            self.disk.commit()
+        except OSError as err:
+            self._complain(f"writing the image's tables: {err.strerror}")
+            for kind, _, _, _, status, last, _, _ in requests:
+                if kind in (T_OUT, T_DISCARD, T_WRITE_ZEROES):
+                    status[last] = S_IOERR
 
     def drain(self) -> None:
         """Be done with every request that was ever served."""

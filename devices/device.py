@@ -19,10 +19,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from config.errors import ConfigError
+from devices.spec import COUNTERS_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from config.errors import PyvmError
     from devices.guestmem import GuestMemory
     from devices.virtqueue import VirtQueue
 
@@ -53,6 +55,9 @@ class Host(Protocol):
     def config_changed(self) -> None:
         """Tell the driver that the configuration space has changed."""
 
+    def tell(self, word: str) -> None:
+        """Tell the VM process that something has happened: a word of this kind of device."""
+
     def watch(self, fd: int, callback: Callable[[int], None], events: int = 1) -> None:
         """Call `callback(events)` while `fd` is ready (EPOLLIN unless said); not while paused."""
 
@@ -73,19 +78,41 @@ class Device:
     features: int = NO_FEATURES
     #: Pairs (bit, base): a driver that accepts bit must accept base, too.
     dependencies: Sequence[tuple[int, int]] = ()
+    #: Those of `features` that let a driver set what a killed process takes along, so that they
+    #: are not offered where another process goes on that has not been told: behind vhost-user.
+    forgetful: int = NO_FEATURES
     #: Largest size of each queue, powers of two.
     queue_sizes: Sequence[int] = ()
     #: Whether chains come back in the order they were taken, so that IN_ORDER can be offered.
     in_order = False
+    #: Which bits of queues and transport may be offered; fewer where another process serves them.
+    ring_features = ~0
 
     def __init__(self, memory: GuestMemory, host: Host) -> None:
         self.memory, self.host = memory, host
+        #: What this device has done, in the order of its spec; the VM process may look at any time.
+        self.totals = memoryview(bytearray(COUNTERS_SIZE)).cast("Q")
+
+    @property
+    def queue_num(self) -> int:
+        """How many queues a vhost-user front end is told of; of a network device, pairs."""
+        return len(self.queue_sizes)
+
+    def begin(self) -> None:
+        """Settle what the driver will see, jailed, before anybody looks. Raises PyvmError.
+
+        Until then features and configuration may change, and queues be left out at the end.
+        """
 
     # Configuration space.
 
     def config(self) -> bytes:
         """Return the configuration space as it is now, little-endian."""
         return b""
+
+    def read_config(self, offset: int, size: int) -> bytes:
+        """Return what a driver reads; what lies past the end of config() may be left out."""
+        return self.config()[offset : offset + size]
 
     def write_config(self, offset: int, data: bytes) -> None:
         """Take a driver's write of 1, 2 or 4 bytes that lies inside config(); may ignore it."""
@@ -100,12 +127,34 @@ class Device:
         predecessor left in flight is in each queue's `resubmit()`, to be worked on first.
         """
 
+    def start_queue(self, index: int, queue: VirtQueue) -> None:
+        """Begin to serve a queue that joins after `activate`; it is kicked afterwards.
+
+        Where queues start and stop one by one, as in vhost-user, all of them join so.
+        """
+
+    def stop_queue(self, index: int, queue: VirtQueue) -> None:
+        """Finish, or take back, all that is in flight in a queue that is to stop for a while.
+
+        Its position is what somebody else goes on from. It is still served until `reset_queue`,
+        which follows.
+        """
+
+    def idle_kick(self, index: int, queue: VirtQueue) -> None:
+        """Take note of a kick of a queue that has been started and is disabled, in vhost-user.
+
+        What is sent may be thrown away there; nothing else may happen.
+        """
+
     def kick(self, index: int, queue: VirtQueue) -> bool:
         """Serve queue `index`. Return True if a budget ended it, to be called again soon.
 
         May come at any time for any live queue, with nothing in it. Raises GuestError.
         """
         raise NotImplementedError
+
+    def queue_enabled(self, index: int) -> None:
+        """Take note that queue `index` has come, or come back, since `activate`."""
 
     def reset_queue(self, index: int) -> None:
         """Be done with queue `index`, which is about to go: no more access to its buffers."""
@@ -116,6 +165,15 @@ class Device:
         Comes at any time, also twice. The queues are reset by the caller.
         """
 
+    def halt(self, error: PyvmError) -> None:
+        """Take note that no queue is served any more until a reset: the driver broke a rule."""
+
+    def msix(self, on: bool) -> None:
+        """Take note whether interrupts are messages, for which ISR does not count.
+
+        Only devices of which other processes serve queues are told; at first they are not.
+        """
+
     def pause(self) -> None:
         """Finish or take back what is in flight: no access to guest memory until `unpause`."""
 
@@ -124,13 +182,31 @@ class Device:
 
     # Life of the process.
 
+    def close(self) -> None:
+        """Leave everything in good order: the process ends. Not called when it is killed."""
+
     def setting(self, name: str, value: Any) -> Any:
         """Change something at run time; the result is plain JSON. Raises PyvmError."""
         raise ConfigError(f"there is no setting {name!r} to change at run time")
+
+    def take(self, name: str, value: Any, fd: int) -> Any:
+        """Change something at run time that comes with a descriptor, and take that over.
+
+        It is the device's from now on, unless this raises. How many there is room for at once is
+        in the device's row of `spec.SPECS`. The result is plain JSON. Raises PyvmError.
+        """
+        raise ConfigError(f"there is no setting {name!r} that takes a descriptor")
 
     def save(self) -> dict[str, Any]:
         """Return what `load` needs, as plain JSON values; the device is paused."""
         return {}
 
+    def remember(self) -> dict[str, Any]:
+        """Return what `load` needs in a process that takes the place of this one, if it is killed.
+
+        That has the settings that this one began with.
+        """
+        return self.save()
+
     def load(self, state: dict[str, Any]) -> None:
-        """Become what `save` described, before `activate`. Raises PyvmError."""
+        """Become what `save` or `remember` described, before `activate`. Raises PyvmError."""

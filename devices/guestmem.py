@@ -3,6 +3,9 @@
 The only module that turns a guest address into memory. Its unit is a list of regions, never
 "all of RAM", so that a device can be given a window: what is not in the list cannot be reached.
 
+Regions may be of several files, and come and go: `replace`. A file can be cut short by whoever
+else has it, where no seal forbids that; then an access ends this process (SIGBUS).
+
 Three things can be true of two regions whose guest addresses meet:
 - they also meet in the memfd: they are mapped as one, and a range across the seam is one view;
 - they do not meet in the memfd: a range across the seam is two views, which `views` returns;
@@ -14,6 +17,7 @@ from __future__ import annotations
 import mmap
 import os
 from bisect import bisect_right
+from itertools import pairwise
 from threading import Lock
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -54,27 +58,52 @@ class Span(NamedTuple):
     rom: memoryview  # the same, read-only
 
 
+_NOTHING: Final = Span(1, 0, memoryview(b""), memoryview(b""))  # no range is inside
+
+
+def map_region(fd: int, region: Region) -> Span:
+    """Map one region of the file `fd`, which may be closed then. Raises HostError, OSError.
+
+    Whole pages of the file are mapped, however large it has them (hugetlbfs).
+    """
+    gpa, size, offset = region
+    status = os.fstat(fd)
+    _check((region,), status.st_size)
+    page = max(status.st_blksize, mmap.PAGESIZE)
+    before = offset % page if page % mmap.PAGESIZE == 0 else 0
+    behind = -(before + size) % page if before or page > mmap.PAGESIZE else 0
+    length = min(before + size + behind, status.st_size - offset + before)
+    mapping = mmap.mmap(fd, length, mmap.MAP_SHARED, offset=offset - before)
+    ram = memoryview(mapping)[before : before + size]
+    return Span(gpa, gpa + size, ram, ram.toreadonly())
+
+
 class GuestMemory:
-    """Maps regions of a shared memfd and hands out views of them.
+    """Maps regions of shared memory and hands out views of them.
 
     `hot` is the span of the latest look-up. Loops over many addresses may test it themselves
     before they call `view` or `views`; it is one tuple, so threads see it whole or not at all.
     """
 
-    def __init__(self, fd: int, regions: Sequence[Region]) -> None:
-        """Map `regions` of `fd`. Raises HostError if they overlap, or leave the file."""
+    def __init__(self, fd: int = -1, regions: Sequence[Region] = ()) -> None:
+        """Map `regions` of `fd`, or none. Raises HostError if they overlap, or leave the file."""
         self.regions = tuple(sorted(regions))
-        _check(self.regions, os.fstat(fd).st_size)
-        joined = _join(self.regions)
-        self._maps = [
-            mmap.mmap(fd, region.size, mmap.MAP_SHARED, offset=region.offset) for region in joined
-        ]
-        self._spans = [
-            Span(region.gpa, region.gpa + region.size, memoryview(mapping), _rom(mapping))
-            for region, mapping in zip(joined, self._maps, strict=True)
-        ]
-        self._starts = [span.start for span in self._spans]
-        self.hot = self._spans[0]
+        if self.regions:
+            _check(self.regions, os.fstat(fd).st_size)
+        self.replace([map_region(fd, region) for region in _join(self.regions)])
+
+    def replace(self, spans: Sequence[Span]) -> None:
+        """Make `spans` all that there is. Raises HostError, nothing changed, if they overlap.
+
+        What was there before stays mapped as long as somebody holds a view of it.
+        """
+        ordered = sorted(spans, key=lambda span: span.start)
+        for one, other in pairwise(ordered):
+            if other.start < one.end:
+                raise HostError(f"memory regions overlap at guest address {other.start:#x}")
+        self.spans = ordered
+        self._starts = [span.start for span in ordered]
+        self.hot = ordered[0] if ordered else _NOTHING
 
     def __enter__(self) -> GuestMemory:
         return self
@@ -131,25 +160,24 @@ class GuestMemory:
 
     def close(self) -> None:
         """Unmap everything. Raises BufferError while views handed out are still alive."""
-        for span in self._spans:
+        for span in self.spans:
+            mapping = span.ram.obj
             span.ram.release()
             span.rom.release()
-        for mapping in self._maps:
-            mapping.close()
+            if isinstance(mapping, mmap.mmap):
+                mapping.close()
 
     def _find(self, gpa: int, length: int) -> Span:
         """Return the span that holds `gpa`, or ends there, and make it the hot one."""
         slot = bisect_right(self._starts, gpa) - 1
-        if slot < 0 or length < 0 or gpa > self._spans[slot].end:
+        if slot < 0 or length < 0 or gpa > self.spans[slot].end:
             raise GuestError(f"guest address {gpa:#x}+{length:#x} is not RAM")
-        self.hot = self._spans[slot]
+        self.hot = self.spans[slot]
         return self.hot
 
 
 def _check(regions: tuple[Region, ...], file_size: int) -> None:
     """Refuse a region list that mmap would refuse late, or that names a guest byte twice."""
-    if not regions:
-        raise HostError("a guest memory needs at least one region")
     free_from = 0
     for gpa, size, offset in regions:
         what = f"memory region {gpa:#x}+{size:#x} at file offset {offset:#x}"
@@ -164,7 +192,7 @@ def _check(regions: tuple[Region, ...], file_size: int) -> None:
 
 def _join(regions: tuple[Region, ...]) -> list[Region]:
     """Merge neighbours that meet both in guest addresses and in the file."""
-    joined = [regions[0]]
+    joined = list(regions[:1])
     for region in regions[1:]:
         last = joined[-1]
         if (region.gpa, region.offset) == (last.gpa + last.size, last.offset + last.size):
@@ -172,7 +200,3 @@ def _join(regions: tuple[Region, ...]) -> list[Region]:
         else:
             joined.append(region)
     return joined
-
-
-def _rom(mapping: mmap.mmap) -> memoryview:
-    return memoryview(mapping).toreadonly()

@@ -6,6 +6,8 @@ that its successor neither loses a request nor completes one twice. The rules ar
 vhost-user's inflight tracking, with one difference: a batch that was about to be published is
 finished by the successor, not done again.
 
+Queues whose chains come back in order have a simpler one, `inflightrow.py`.
+
 The area as bytes, native order, at an 8-byte boundary; size is the queue's:
 
     0  u16  version    0 = holds nothing (the last store when it is made, the first when not)
@@ -32,9 +34,9 @@ in the order of completion, so a chain still in flight may no longer be in the r
 store, nothing happened, killed after it, all of it did. x86-64 keeps stores in order, and a
 killed process's stores are not lost.
   take:    [packed: descriptors] order, **taken = 1**
-  publish: per chain written and next; **intent**; the ring's used entries; **the ring's index
-           or first flags**, from where on the driver may see them; per chain taken = 0;
-           **used**, which makes intent and used agree
+  publish: [packed, never taken: order, descriptor;] per chain written and next; **intent**; the
+           ring's used entries; **the ring's index or first flags**, from where on the driver may
+           see them; per chain taken = 0; **used**, which makes intent and used agree
 The successor compares intent with used. If they differ it asks the ring whether the driver can
 see the batch. If it cannot, it writes the used entries again, the same ones. Then it settles.
 
@@ -52,7 +54,6 @@ from devices.chain import DESC_F_NEXT, Desc
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-VERSION: Final = 1
 NONE: Final = 0xFFFF  # no entry; a queue has at most 2**15
 _HEADER: Final = 16  # bytes; also the size of an entry and of a descriptor
 
@@ -65,7 +66,10 @@ def inflight_bytes(size: int, *, packed: bool) -> int:
 class Inflight:
     """Reads and writes one in-flight area. Knows no ring; `packed` says if it has descriptors."""
 
-    __slots__ = ("_b", "_h", "_i", "_nr_taken", "_packed", "_q", "_size")
+    __slots__ = ("_b", "_h", "_i", "_layout", "_nr_taken", "_q", "_size")
+
+    VERSION: Final = 1
+    LAYOUT = 0  # of a split queue; a packed one has 1
 
     def __init__(self, area: memoryview, size: int, *, packed: bool) -> None:
         """Take a view of at least inflight_bytes(size). Changes nothing in it."""
@@ -73,7 +77,7 @@ class Inflight:
         if len(area) < needed:
             raise HostError(f"in-flight area of {len(area)} bytes; the queue needs {needed}")
         whole = area[:needed]
-        self._size, self._packed = size, packed
+        self._size, self._layout = size, 1 if packed else self.LAYOUT
         self._b, self._h = whole.cast("B"), whole.cast("H")
         self._i, self._q = whole.cast("I"), whole.cast("Q")
         self._nr_taken = 0
@@ -85,9 +89,9 @@ class Inflight:
         self._h[0] = 0
         for entry in range(self._size):
             self._b[16 + 16 * entry] = 0
-        self._h[1], self._h[2], self._h[3] = self._size, int(self._packed), used
+        self._h[1], self._h[2], self._h[3] = self._size, self._layout, used
         self._i[2] = used << 16 | NONE
-        self._h[0] = VERSION
+        self._h[0] = self.VERSION
 
     def void(self) -> None:
         """Mark the area as holding nothing: the queue was reset."""
@@ -107,8 +111,21 @@ class Inflight:
         self._q[3 + 2 * entry] = self._nr_taken << 16 | head
         self._b[16 + 16 * entry] = 1
 
+    def take_all(self, heads: Sequence[int]) -> None:
+        """Record that these chains of a split queue are in flight from now on."""
+        for head in heads:
+            self.take(head, head)
+
+    def name(self, entry: int, head: int) -> None:
+        """Say whose an entry is that is not in flight: a packed chain in one place of the ring.
+
+        It is for a batch that is published without having been taken.
+        """
+        self._q[3 + 2 * entry] = head
+        self._q[3 + 2 * self._size + 2 * entry] = 0
+
     def drop(self, entry: int) -> None:
-        """Record that a chain went back to the driver's side, unused."""
+        """Record that a chain went back to the driver's side, unused; the latest go first."""
         self._b[16 + 16 * entry] = 0
 
     def begin(self, batch: Sequence[tuple[int, int]], used: int) -> None:
@@ -136,10 +153,10 @@ class Inflight:
         version, size, layout = self._h[0], self._h[1], self._h[2]
         if version == 0:
             return False
-        if (version, size, layout) != (VERSION, self._size, self._packed):
+        if (version, size, layout) != (self.VERSION, self._size, self._layout):
             raise GuestError(
                 f"in-flight area is version {version}, size {size}, layout {layout}; "
-                f"the queue needs {VERSION}, {self._size}, {int(self._packed)}"
+                f"the queue needs {self.VERSION}, {self._size}, {self._layout}"
             )
         return True
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from config.errors import HostError
 from devices import landlock, namespaces, policy, privileges, seccomp
+from devices.spec import SPECS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -62,6 +63,7 @@ class _Findings:
     def __init__(self) -> None:
         self.applied: dict[str, str] = {}  # step → what to say of it
         self.lacking: dict[str, str] = {}  # step → why
+        self.inherited = 0  # bytes of private memory that the spawner had
 
     def attempt(self, step: str, function: Callable[[], object]) -> bool:
         """Run one step, and note how it went."""
@@ -110,6 +112,8 @@ def prepare(level: str, uid: int | None = None) -> None:
     """
     if level == OFF:
         return
+    with suppress(OSError):
+        _found.inherited = privileges.private_memory()
     for name in _CODECS:
         codecs.lookup(name)
     _found.attempt("orphans", privileges.adopt_orphans)
@@ -149,8 +153,8 @@ def fork(level: str) -> int:
     return pid
 
 
-def enter(kind: str, level: str) -> Report:
-    """Jail this process as a device of `kind`, for good.
+def enter(kind: str, level: str, *, vhost: bool = False) -> Report:
+    """Jail this process as a device of `kind`, for good; `vhost`: behind a vhost-user socket.
 
     Raises HostError if the level is "required" and the host cannot do it.
     """
@@ -159,6 +163,8 @@ def enter(kind: str, level: str) -> Report:
     row = policy.DEVICES.get(kind)
     if row is None:
         raise HostError(f"there is no jail for devices of kind {kind}")
+    if vhost:
+        row = policy.behind_vhost(row)
     sys.excepthook = _say_error
     sys.unraisablehook = _say_unraisable
     found = _found
@@ -168,8 +174,11 @@ def enter(kind: str, level: str) -> Report:
     found.attempt("no new code", privileges.no_new_code)
     found.attempt("no_new_privs", privileges.no_new_privs)
     _landlock(found)
-    # From here on no descriptor can be made.
-    found.attempt("limits", lambda: privileges.limit({**policy.LIMITS, **row.limits}))
+    # From here on no descriptor can be made, and only so many can come.
+    room = {"NOFILE": policy.VHOST_DESCRIPTORS} if vhost else _room(SPECS[kind].descriptors)
+    limits = {**policy.LIMITS, **row.limits, **room}
+    limits["DATA"] += found.inherited
+    found.attempt("limits", lambda: privileges.limit(limits))
     found.insist(level, "a device process")
     _seccomp(found, row)
     found.insist(level, "a device process")
@@ -205,6 +214,26 @@ def confine(level: str, directory: str, uid: int, gid: int) -> Report:
     return found.report()
 
 
+def confine_connector(level: str) -> None:
+    """Confine this process to connecting to sockets by path. For good.
+
+    Root's capabilities go but for the one by which root reaches any path. What cannot be done
+    here is told by the VM process, which does the same.
+    """
+    if level == OFF:
+        return
+    found, row = _Findings(), policy.CONNECTOR
+    keep = 1 << privileges.CAP_DAC_OVERRIDE
+    found.attempt("no capabilities", lambda: privileges.drop_capabilities(keep=keep))
+    found.attempt("limits", lambda: privileges.limit(row.limits))
+    found.attempt("not dumpable", lambda: privileges.dumpable(False))
+    found.attempt("no new code", privileges.no_new_code)
+    found.attempt("no_new_privs", privileges.no_new_privs)
+    _landlock(found)
+    _seccomp(found, row)
+    found.insist(level, "the connector")
+
+
 def _note_spaces(failed: Mapping[str, str], spaces: list[str]) -> None:
     for name in spaces:
         step = name + _SPACE
@@ -221,6 +250,20 @@ def _done(function: Callable[[], object]) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def _room(count: int) -> dict[str, int]:
+    """Return the limit that leaves room for `count` descriptors beside those that are open.
+
+    RLIMIT_NOFILE bounds the number of a new descriptor, not how many there are: it has to lie
+    just above the `count` lowest numbers that are free. Raises OSError.
+    """
+    if not count:
+        return {}
+    free = [os.dup(0) for _ in range(count)]
+    for fd in free:
+        os.close(fd)
+    return {"NOFILE": max(free) + 1}
 
 
 def _see_empty_root() -> None:

@@ -80,6 +80,10 @@ class Loop:
         self._running = False
         self.add(self._wake, READ, self._woken)
 
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when run() would have something to do."""
+        return self._epoll.fileno()
+
     def add(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
         """Watch `fd`; the callback gets the epoll event mask."""
         self._epoll.register(fd, events)

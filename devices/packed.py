@@ -83,8 +83,9 @@ class PackedQueue(VirtQueue):
         *,
         features: int,
         inflight: memoryview | None = None,
+        in_order: bool = False,
     ) -> None:
-        """See open_queue()."""
+        """See open_queue(); for `in_order` nothing is simpler here."""
         if not 0 < size <= MAX_SIZE:
             raise GuestError(f"queue size {size} is not 1 to {MAX_SIZE}")
         area = None if inflight is None else Inflight(inflight, size, packed=True)
@@ -165,6 +166,58 @@ class PackedQueue(VirtQueue):
         if place < self.size:
             return cursor + count
         return place - self.size | (cursor & WRAP ^ WRAP)
+
+    def peek(self, limit: int, length: int) -> list[tuple[int, int]]:
+        """See VirtQueue."""
+        found: list[tuple[int, int]] = []
+        cursor, size, ring, ring16 = self._next_avail, self.size, self._ring, self._ring16
+        place = cursor & PLACE
+        expected = DESC_F_INDIRECT | (DESC_F_AVAIL if cursor & WRAP else DESC_F_USED)
+        if not self._indirect:
+            return found
+        for at in range(place, min(place + limit, place + size - self._nr_descs, size)):
+            if ring16[8 * at + 7] != expected:
+                break
+            table_gpa, table_length, head = _read_body(ring, 16 * at)
+            if table_length != length:
+                break
+            found.append((head, table_gpa))
+        return found
+
+    def take(self, tables: Sequence[tuple[int, int]], length: int) -> None:
+        """See VirtQueue."""
+        cursor = self._next_avail
+        for head, table_gpa in tables:
+            if self._area is not None:
+                slots = [self._free_slots.pop()]
+                self._area.keep(slots, [(table_gpa, length, DESC_F_INDIRECT)])
+                self._area.take(slots[0], head)
+                self._slots[head] = slots
+            self._in_flight[head] = cursor
+            self._counts[head] = 1
+            self._nr_descs += 1
+            self._next_avail = cursor = self._step(cursor, 1)
+
+    def pass_back(self, done: Sequence[tuple[int, int]]) -> None:
+        """See VirtQueue. Each takes one place in the ring."""
+        if not done:
+            return
+        used = self._step(self._next_used, len(done))
+        self._counts.update((head, 1) for head, _ in done)
+        if self._area is None:
+            self._write_used(done)
+        else:
+            entries = [
+                (slot, written) for slot, (_, written) in zip(self._free_slots, done, strict=False)
+            ]
+            for (slot, _), (head, _) in zip(entries, done, strict=True):
+                self._area.name(slot, head)
+            self._area.begin(entries, used)
+            self._write_used(done)
+            self._area.settle(entries, used)
+        self._counts.clear()
+        self._next_used = self._next_avail = used
+        self._uncalled += len(done)
 
     def push(self, head: int, written: int) -> None:
         """Give a chain back; `written` counts bytes stored in its writable part (§2.8.4)."""
@@ -260,13 +313,13 @@ class PackedQueue(VirtQueue):
         count = self._counts.get(head, 0)
         return self._step(cursor, self.size - count) ^ WRAP
 
-    def _release(self, head: int) -> None:
+    def _release(self, head: int) -> int:
         del self._in_flight[head]
         self._nr_descs -= self._counts.pop(head)
-        slots = self._slots.pop(head, None)
-        if slots is not None and self._area is not None:
-            self._area.drop(slots[0])
+        slots = self._slots.pop(head, [0])
+        if self._area is not None:
             self._free_slots += slots
+        return slots[0]
 
     def _check_state(self, state: QueueState) -> None:
         for cursor in state:

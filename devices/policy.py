@@ -59,10 +59,15 @@ LIMITS: Final = {
     "NPROC": 0,  # no further process or thread
     "MEMLOCK": 0,
     "MSGQUEUE": 0,
-    "DATA": 256 * MIB,  # private memory; guest RAM is shared memory and does not count
+    # Private memory beyond its spawner's; guest RAM is shared memory and does not count.
+    "DATA": 256 * MIB,
     # No further descriptor but number 0, which is /dev/null. Not 0, since poll(2) would refuse.
+    # Where descriptors may come later (spec.DeviceSpec.descriptors), jail.enter() makes room.
     "NOFILE": 1,
 }
+
+# What kinds whose spec has room for descriptors do beside that.
+TAKES: Final = calls("recvmsg")
 
 _AT_EMPTY_PATH: Final = 0x1000
 _KEEP_SIZE: Final = 1  # FALLOC_FL_*
@@ -70,9 +75,57 @@ _PUNCH_HOLE: Final = 2
 _ZERO_RANGE: Final = 16
 _BLKDISCARD: Final = 0x1277
 _BLKGETSIZE64: Final = 0x80081272
+_TUNSETOFFLOAD: Final = 0x400454D0  # linux/if_tun.h
+_TUNSETVNETHDRSZ: Final = 0x400454D8
+_TUNSETQUEUE: Final = 0x400454D9
+_TUNSETCARRIER: Final = 0x400454E2
+_FIONBIO: Final = 0x5421
+_AF_UNIX: Final = 1
 
 DEVICES: Final = {
+    "vmmci": Policy(BASE, {"FSIZE": 0}),
     "viornd": Policy((*BASE, *calls("getrandom")), {"FSIZE": 0}),
+    "vionet": Policy(
+        (
+            *calls("readv writev"),
+            *BASE,
+            *TAKES,
+            Rule(
+                "ioctl",
+                (
+                    Arg(
+                        1,
+                        _ANY,
+                        (_TUNSETOFFLOAD, _TUNSETVNETHDRSZ, _TUNSETQUEUE, _TUNSETCARRIER),
+                    ),
+                ),
+                "TUNSETOFFLOAD, TUNSETVNETHDRSZ, TUNSETQUEUE, TUNSETCARRIER",
+            ),
+        ),
+        {},
+    ),
+    "vioscsi": Policy(
+        (
+            *calls("preadv2 preadv"),
+            *BASE,
+            *TAKES,
+            # to see what was put into the drive
+            *calls("fstat"),
+            Rule("newfstatat", (Arg(3, _ANY, (_AT_EMPTY_PATH,)),), "of a descriptor"),
+            Rule("ioctl", (Arg(1, _ANY, (_BLKGETSIZE64,)),), "BLKGETSIZE64"),
+        ),
+        {"FSIZE": 0},
+    ),
+    "viovhost": Policy(
+        (
+            *BASE,
+            *TAKES,
+            *calls("sendmsg getsockname getsockopt"),
+            Rule("socketpair", (Arg(0, _ANY, (_AF_UNIX,)),), "AF_UNIX"),
+            Rule("ioctl", (Arg(1, _ANY, (_FIONBIO,)),), "FIONBIO"),
+        ),
+        {"FSIZE": 0},
+    ),
     "vioblk": Policy(
         (
             *calls("preadv2 pwritev2 preadv pwritev io_uring_enter"),
@@ -94,9 +147,42 @@ DEVICES: Final = {
 }
 
 
+_F_DUPFD_CLOEXEC: Final = 1030
+_F_ADD_SEALS: Final = 1033
+
+# What a device behind a vhost-user socket does beside its row above: the front end's messages,
+# with descriptors of memory, eventfds, a socket; answers; in-flight areas of its own.
+VHOST: Final = Policy(
+    (
+        *calls("recvmsg sendmsg getsockname"),
+        # to map a region: how large its file is, and the copy of the descriptor that a map keeps
+        *calls("fstat"),
+        Rule("newfstatat", (Arg(3, _ANY, (_AT_EMPTY_PATH,)),), "of a descriptor"),
+        Rule(
+            "fcntl",
+            (Arg(1, _ANY, (_F_DUPFD_CLOEXEC, _F_ADD_SEALS)),),
+            "F_DUPFD_CLOEXEC, F_ADD_SEALS",
+        ),
+        *calls("memfd_create ftruncate"),
+    ),
+    # Where a row has FSIZE 0, it may still make a file in memory.
+    {"FSIZE": 64 * MIB},
+)
+#: How many descriptors may come: regions twice over, kicks, calls, errors, log, back channel.
+VHOST_DESCRIPTORS: Final = 1024
+
+
+def behind_vhost(row: Policy) -> Policy:
+    """Return the row of a device behind a vhost-user socket."""
+    own = [rule for rule in VHOST.calls if rule not in row.calls]
+    limits = {**row.limits, **(VHOST.limits if "FSIZE" in row.limits else {})}
+    return Policy((*row.calls, *own), limits, row.files, row.otherwise)
+
+
 def _beyond_base() -> list[str]:
     """Name the calls that only some devices make, each once."""
-    rules = [rule for row in DEVICES.values() for rule in row.calls if rule not in BASE]
+    rows = (*DEVICES.values(), VHOST)
+    rules = [rule for row in rows for rule in row.calls if rule not in BASE]
     return list(dict.fromkeys(rule.name for rule in rules))
 
 
@@ -112,7 +198,7 @@ SPAWNER: Final = Policy(
         *BASE,
         *(Rule(name) for name in _beyond_base()),
         # a device before its jail
-        *calls("close_range dup2 fcntl ioctl lseek fstat newfstatat"),
+        *calls("close_range dup2 fcntl ioctl lseek fstat newfstatat fstatfs"),
         *calls("getsockname getsockopt setsockopt epoll_create1 eventfd2 timerfd_create"),
         *calls("pread64 pwrite64 io_uring_setup io_uring_register"),
         # the jail itself
@@ -125,12 +211,21 @@ SPAWNER: Final = Policy(
 )
 
 _KVM: Final = 0xAE00  # the "type" byte of every KVM ioctl (linux/kvm.h)
-_FIONBIO: Final = 0x5421
 _FIOCLEX: Final = 0x5451
 _CLONE_THREAD: Final = 0x00010000
 _CLONE_NEW_ANY: Final = 0x7E020000
 _PR_SET_NAME: Final = 15
-_AF_UNIX: Final = 1
+
+# The process that connects to sockets of other programs, by path.
+CONNECTOR: Final = Policy(
+    (
+        *calls("recvfrom sendto sendmsg connect close read write futex getsockname"),
+        Rule("socket", (Arg(0, _ANY, (_AF_UNIX,)),), "AF_UNIX"),
+        *_MEMORY,
+        *calls("clock_gettime rt_sigreturn rt_sigprocmask restart_syscall exit_group"),
+    ),
+    {"CORE": 0, "NPROC": 0, "FSIZE": 0},
+)
 
 
 # The VM process, from when the devices are ready: before a kernel is loaded and a vCPU made.

@@ -33,9 +33,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from config.errors import GuestError, PyvmError
 from devices import jail, words
 from devices.device import DEBUG, WARNING
+from devices.eventfds import signal_if_room
 from devices.guestmem import GuestMemory, Region
 from devices.loop import READ, Loop
-from devices.spec import INFLIGHT_STRIDE
+from devices.spec import COUNTERS_SIZE, INFLIGHT_STRIDE, SPECS
 from devices.transport import ISR_QUEUE
 from devices.viodev import CONFIG_CHANGE, Channel, ChannelError, ImsgType, MsgType, ViodevMsg
 from devices.virtio import Registers
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from devices.device import Device, Timer
+    from devices.transport import Transport
+    from devices.viodev import Imsg
 
 WAIT: Final = 0.0  # no deadline: a VM process that is stopped by a debugger is not gone
 GC_THRESHOLD: Final = 50_000  # objects: a net for mistakes
@@ -66,8 +69,11 @@ def main(order: Order, fds: dict[str, int], create: Callable[..., Device], level
     sync = Channel(socket.socket(fileno=fds.pop("sync")), "VM process", WAIT)
     async_ = Channel(socket.socket(fileno=fds.pop("async")), "VM process", WAIT)
     try:
-        process = Process(order, fds, create, async_, sync)
+        process = _kind_of(fds)(order, fds, create, async_, sync)
+        if SPECS[order.kind].descriptors:
+            async_.expect_fds()
         report = confine(order.kind, level)
+        process.begin()
         for lack in report.lacking:
             words.send(sync, WARNING, f"jail without {lack}")
         words.send(sync, DEBUG, report.summary())
@@ -89,8 +95,19 @@ def confine(kind: str, level: str) -> jail.Report:
     return jail.enter(kind, level)
 
 
+def _kind_of(fds: Mapping[str, int]) -> type[Process]:
+    if "journal" not in fds:
+        return Process
+    from devices.lasting import LastingProcess  # spec.FURTHER
+
+    return LastingProcess
+
+
 class Process:
     """Holds the parts, and is what they see of the process: device.Host and transport.Door."""
+
+    #: The state machine, from `begin` on.
+    transport: Transport
 
     def __init__(
         self,
@@ -107,25 +124,25 @@ class Process:
         self._watched: dict[int, tuple[int, Callable[[int], None]]] = {}  # silent while paused
         self._late: dict[Callable[[], None], None] = {}  # timers that fired while paused
         self._kicks: list[int] = []
-        memory_fd = fds.pop("memory")
-        memory = GuestMemory(memory_fd, [Region(*region) for region in order.regions])
-        os.close(memory_fd)
+        self._given: set[int] = set()  # queues whose kicks somebody else listens to
+        self._signal: Callable[[int, int], None] = os.eventfd_write
+        self._memory = memory = GuestMemory(
+            fds["memory"], [Region(*region) for region in order.regions]
+        )
+        if not SPECS[order.kind].hands_over:
+            os.close(fds.pop("memory"))
         self._device = device = create(order.settings, fds, memory, self)
         count = len(device.queue_sizes)
-        self._registers = Registers(
-            device,
-            memory,
-            self,
-            packed=bool(order.settings.get("packed")),
-            inflight=_inflight_areas(fds.pop("inflight", -1), count),
-        )
-        self._transport = self._registers.transport
+        if "counters" in fds:
+            device.totals = _counters(fds.pop("counters"))
+        self._packed = bool(order.settings.get("packed"))
+        self._areas = _inflight_areas(fds.pop("inflight", -1), count)
         self._calls = {index: fds.pop(f"call{index}", -1) for index in range(count)}
         self._calls[CONFIG_CHANGE] = fds.pop("callc", -1)
+        self._made_calls = self._calls
         for index in range(count):
             fd = fds.pop(f"kick{index}", -1)
             self._kicks.append(fd if fd >= 0 else os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
-            self.watch(self._kicks[index], self._kicker(index))
         resample_fd = fds.pop("resample", -1)
         if resample_fd >= 0:
             self._resample_fd = resample_fd
@@ -133,13 +150,31 @@ class Process:
         self._loop.add(sync.fileno(), READ, self._access)
         self._loop.add(async_.fileno(), READ, self._request)
 
+    def begin(self) -> None:
+        """Make the registers of what the device is, and listen to its queues. Raises PyvmError."""
+        device = self._device
+        device.begin()
+        count = len(device.queue_sizes)
+        areas = self._areas[:count]
+        self._registers = Registers(device, self._memory, self, packed=self._packed, inflight=areas)
+        self.transport = self._registers.transport
+        for index in range(count):
+            if index not in self._given:
+                self.watch(self._kicks[index], self._kicker(index))
+
     def serve(self) -> int:
         """Serve until told to leave; return the exit status."""
+        try:
+            return self._serve()
+        finally:
+            self._device.close()
+
+    def _serve(self) -> int:
         while self._running:
             try:
                 self._loop.run()
             except GuestError as err:
-                self._transport.fail(err)
+                self.transport.fail(err)
             except ChannelError as err:
                 if isinstance(err.__cause__, (EOFError, ConnectionError)):
                     return 0
@@ -154,44 +189,66 @@ class Process:
 
     def _kicker(self, index: int) -> Callable[[int], None]:
         """Return what serves queue `index`: the hot path from wake-up to device."""
-        fd, live, kick = self._kicks[index], self._transport.live, self._device.kick
+        fd, live, kick = self._kicks[index], self.transport.live, self._device.kick
         clear, again = os.eventfd_read, os.eventfd_write
 
         def kicked(_events: int) -> None:
             clear(fd)
             queue = live[index]
             if queue is None:
-                self._transport.early_kick(index)
+                self.transport.early_kick(index)
             elif kick(index, queue):
                 again(fd, 1)
 
         return kicked
 
+    def give(self, index: int) -> tuple[int, int]:
+        """Have another process serve a queue: return the eventfds of its kicks and its calls.
+
+        Called by `Device.begin`. -1 in place of calls: they have to come by way of `call`.
+        """
+        self.leave(index)
+        self._signal = signal_if_room
+        return self._kicks[index], self._calls[index]
+
+    def leave(self, index: int) -> None:
+        """Leave the kicks of a queue to another process of ours; called by `Device.begin`."""
+        self._given.add(index)
+
+    def divert(self, fd: int) -> None:
+        """Have calls of queues go to this eventfd, whoever listens there; -1: to the driver."""
+        made = self._made_calls
+        self._calls = made if fd < 0 else {**dict.fromkeys(made, fd), CONFIG_CHANGE: -1}
+
     def schedule(self, index: int) -> None:
         """Have queue `index` served soon, as if it had been kicked."""
-        os.eventfd_write(self._kicks[index], 1)
+        self._signal(self._kicks[index], 1)
 
     def call(self, index: int) -> None:
         """Interrupt the driver for a queue."""
-        self._transport.isr |= ISR_QUEUE
+        self.transport.isr |= ISR_QUEUE
         self.interrupt(index)
 
     def interrupt(self, source: int) -> None:
         """Interrupt for a queue or CONFIG_CHANGE; the ISR bit is set already."""
         fd = self._calls[source]
         if fd >= 0:
-            os.eventfd_write(fd, 1)
+            self._signal(fd, 1)
         else:
             self._async.send_msg(ViodevMsg(MsgType.KICK, state=1, data=source, data_valid=1))
 
     def config_changed(self) -> None:
         """Tell the driver that the configuration space has changed."""
-        self._transport.config_changed()
+        self.transport.config_changed()
+
+    def tell(self, word: str) -> None:
+        """Tell the VM process that something has happened."""
+        self._async.send(ImsgType.EVENT, word.encode())
 
     def _resampled(self, _events: int) -> None:
         """The guest ended a level interrupt: raise the next one if ISR still holds something."""
         os.eventfd_read(self._resample_fd)
-        isr = self._transport.isr
+        isr = self.transport.isr
         if isr:
             self.interrupt(0 if isr & ISR_QUEUE else CONFIG_CHANGE)
 
@@ -199,7 +256,14 @@ class Process:
 
     def _access(self, _events: int) -> None:
         """Serve one register access."""
+        self._answer_one()
+
+    def _answer_one(self) -> ViodevMsg:
         message = self._sync.receive_msg()
+        self._answer(message)
+        return message
+
+    def _answer(self, message: ViodevMsg) -> None:
         if message.type == MsgType.IO_READ:
             value, state = self._registers.read(message.reg, message.io_sz)
             self._sync.send_msg(message._replace(state=state, data=value, data_valid=1))
@@ -214,8 +278,9 @@ class Process:
     def _request(self, _events: int) -> None:
         """Serve one request of the VM's loop."""
         imsg = self._async.receive()
-        if imsg.fd is not None:
+        if imsg.fd is not None and imsg.type != ImsgType.SETTING:
             os.close(imsg.fd)
+            raise ChannelError("VM process: sent a descriptor nobody asked for")
         if imsg.type == ImsgType.PAUSE:
             self._pause()
             self._async.send(ImsgType.PAUSE)
@@ -223,20 +288,32 @@ class Process:
             self._unpause()
             self._async.send(ImsgType.UNPAUSE)
         elif imsg.type == ImsgType.SETTING:
-            self._async.send(ImsgType.SETTING, json.dumps(self._set(imsg.data)).encode())
+            self._async.send(ImsgType.SETTING, json.dumps(self._set(imsg)).encode())
         else:
             raise ChannelError(f"VM process: sent message type {imsg.type} on async")
 
-    def _set(self, data: bytes) -> dict[str, Any]:
-        """Answer {"name", "value"} with the value that holds now, or with {"error"}."""
+    def _set(self, imsg: Imsg) -> dict[str, Any]:
+        """Answer {"name", "value"} with the value that holds now, or with {"error"}.
+
+        An error may repeat what was asked, which can be longer than an answer.
+        """
+        fd = imsg.fd  # ours until the device has taken it
         try:
-            request = json.loads(data)
-            return {"value": self._device.setting(request["name"], request["value"])}
+            request = json.loads(imsg.data)
+            name, value = request["name"], request["value"]
+            if fd is None:
+                return {"value": self._device.setting(name, value)}
+            result = self._device.take(name, value, fd)
+            fd = None
+            return {"value": result}
         except GuestError as err:
-            self._transport.fail(err)
-            return {"error": str(err)}
+            self.transport.fail(err)
+            return {"error": str(err)[: words.TEXT_MAX]}
         except (PyvmError, ValueError, KeyError, TypeError, RecursionError) as err:
-            return {"error": str(err)}
+            return {"error": str(err)[: words.TEXT_MAX]}
+        finally:
+            if fd is not None:
+                os.close(fd)
 
     # Pausing. Only what could lead to guest memory stops; registers go on answering.
 
@@ -284,6 +361,13 @@ class Process:
     def log(self, level: int, text: str) -> None:
         """Say something in the VM's log; see Words."""
         self._words.say(level, text)
+
+
+def _counters(fd: int) -> memoryview:
+    """Map the page of counters. Raises OSError, ValueError."""
+    page = memoryview(mmap.mmap(fd, COUNTERS_SIZE)).cast("Q")
+    os.close(fd)
+    return page
 
 
 def _inflight_areas(fd: int, count: int) -> list[memoryview | None]:

@@ -16,11 +16,22 @@ if TYPE_CHECKING:
 class QueueRegisters:
     """Size and addresses of one queue; `queue` is None until it is enabled."""
 
-    __slots__ = ("avail_gpa", "default_size", "desc_gpa", "inflight", "queue", "size", "used_gpa")
+    __slots__ = (
+        "avail_gpa",
+        "default_size",
+        "desc_gpa",
+        "in_order",
+        "inflight",
+        "queue",
+        "size",
+        "used_gpa",
+    )
 
-    def __init__(self, default_size: int, inflight: memoryview | None = None) -> None:
-        """Make a queue that is not enabled; `inflight` is its in-flight area, if it has one."""
-        self.default_size, self.inflight = default_size, inflight
+    def __init__(
+        self, default_size: int, inflight: memoryview | None = None, *, in_order: bool = False
+    ) -> None:
+        """Make a queue that is not enabled; `inflight` and `in_order` are as in open_queue()."""
+        self.default_size, self.inflight, self.in_order = default_size, inflight, in_order
         self.queue: VirtQueue | None = None
         self.clear()
 
@@ -60,6 +71,7 @@ class QueueRegisters:
             self.used_gpa,
             features=features,
             inflight=self.inflight,
+            in_order=self.in_order,
         )
         return queue
 

@@ -19,12 +19,14 @@ import fcntl
 import mmap
 import os
 import stat
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from struct import pack, unpack
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from config.errors import ConfigError, HostError
+from devices import window
+from devices.views import ZEROES, copy, gather, skip, zeroes
+from devices.window import Window
 
 SECTOR: Final = 512
 IOV_MAX: Final = 1024  # views in one call
@@ -39,14 +41,26 @@ _BOUNCE: Final = 1 << 20  # bytes of the buffer for what is not aligned
 _NOT_THERE: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY)
 
 _PRIVATE: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-# Never written, so that all of it is the kernel's one page of zeroes; page aligned.
-_ZEROES: Final = memoryview(mmap.mmap(-1, 1 << 20, _PRIVATE, mmap.PROT_READ))
-
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 # Takes views and an offset, and returns how many bytes it did, if not all; may raise OSError.
 Attempt = Callable[[Sequence[memoryview], int], int]
+
+
+# Takes offset, length and whether to write; returns an offset in the image's file or, if it would
+# take more than a look, -1.
+Locate = Callable[[int, int, int], int]
+
+
+class Run(NamedTuple):
+    """Bytes of a disk that are kept in one way, in one piece."""
+
+    offset: int  # on the disk
+    length: int
+    kind: str  # "data", "zero", "compressed" or "unallocated"
+    depth: int  # 0: in the image itself, 1: in its base, …
+    host_offset: int  # of data in its file, else -1
 
 
 class Disk(Protocol):
@@ -55,15 +69,26 @@ class Disk(Protocol):
     Every method may raise OSError, with the kernel's errno.
     """
 
-    fd: int  # of the file that holds byte n of the disk at offset n; -1 if there is none
+    fd: int  # of the image itself
     size: int
     readonly: bool
     granularity: int  # discarding less than an aligned piece of this many bytes frees nothing
+    #: On the file of the image itself, if that can have one; made by attempts().
+    window: Window | None
+    #: Where in that file bytes are, which may be read or written in place; None: where the disk
+    #: has them.
+    locate: Locate | None
 
     def attempts(self) -> tuple[Attempt, Attempt]:
         """Return what reads, and what writes, as fast as can be, for now.
 
         Whoever is not content with what they did calls `read` or `write`.
+        """
+
+    def place(self, offset: int, length: int, *, write: bool, stable: bool = False) -> int:
+        """Return where in `fd` these bytes are and may be read or written, in one piece, or -1.
+
+        With `stable`, nothing but the bytes themselves has to reach the medium.
         """
 
     def read(self, views: Sequence[memoryview], offset: int, length: int) -> int:
@@ -74,8 +99,22 @@ class Disk(Protocol):
     ) -> int:
         """Write views of `length` bytes in all; `stable`: they are on the medium afterwards."""
 
+    @property
+    def pending(self) -> bool:
+        """Whether there is something to commit."""
+
+    def commit(self) -> None:
+        """Make what was changed so far outlive this process. To be done before it is reported."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether an fdatasync(2) of `fd` is all that `flush` would do."""
+
     def flush(self) -> None:
         """Bring everything written so far to the medium."""
+
+    def finish(self) -> None:
+        """Leave the image in good order: it will not be used any more."""
 
     def discard(self, offset: int, length: int) -> None:
         """Say that these bytes are not needed any more; what they read as is undefined."""
@@ -86,9 +125,16 @@ class Disk(Protocol):
     def resize(self, size: int) -> None:
         """Grow to `size`, or with 0 find out what size it has become. Raises PyvmError."""
 
+    def map(self, offset: int, length: int) -> Iterator[Run]:
+        """Yield what a part of the disk consists of, in order and without gaps."""
+
 
 class Raw:
     """A raw image or a block device, on a descriptor opened by somebody who was allowed to."""
+
+    pending = False
+    settled = True
+    locate: Locate | None = None
 
     def __init__(self, fd: int) -> None:
         """Take over `fd`; whether it can be written, and is O_DIRECT, shows in its flags."""
@@ -99,28 +145,56 @@ class Raw:
         self._direct = bool(flags & os.O_DIRECT)
         self._buffer: memoryview | None = None
         self._is_file = stat.S_ISREG(status.st_mode)
-        self.size = self._find_size()
+        self.size = self.find_size()
         # Block devices are discarded in whole blocks of their own, files in those of their system.
         block = min(status.st_blksize, 1 << 16)
         self.granularity = block if self._is_file else _ioctl_int(fd, _BLKSSZGET)
         self._refused: set[int] = set()  # modes of fallocate that this file system lacks
         self._lost = 0  # errno of the flush that failed
+        self._tries: tuple[Attempt, Attempt] | None = None
+        self.window: Window | None = None
 
     # Transfers.
 
     def attempts(self) -> tuple[Attempt, Attempt]:
         """See Disk."""
-        return partial(os.preadv, self.fd), partial(os.pwritev, self.fd)
+        if self._tries is None:
+            self._tries = self._make_attempts()
+        return self._tries
+
+    def _make_attempts(self) -> tuple[Attempt, Attempt]:
+        fd = self.fd
+
+        def read(views: Sequence[memoryview], offset: int) -> int:
+            return os.preadv(fd, views, offset)
+
+        def write(views: Sequence[memoryview], offset: int) -> int:
+            return os.pwritev(fd, views, offset)
+
+        if self._direct or not window.suits(fd):
+            return read, write
+        self.window = Window(self.fd, self.find_size, write=not self.readonly)
+        return self.window.attempts(read, write)
+
+    def place(self, offset: int, length: int, *, write: bool, stable: bool = False) -> int:
+        """See Disk."""
+        return offset
 
     def read(self, views: Sequence[memoryview], offset: int, length: int) -> int:
         """See Disk."""
-        return self._transfer(views, offset, length, None)
+        got = self._transfer(views, offset, length, None)
+        if self.window is not None:
+            self.window.missed(views, offset)
+        return got
 
     def write(
         self, views: Sequence[memoryview], offset: int, length: int, *, stable: bool = False
     ) -> int:
         """See Disk."""
-        return self._transfer(views, offset, length, os.RWF_DSYNC if stable else 0)
+        got = self._transfer(views, offset, length, os.RWF_DSYNC if stable else 0)
+        if self.window is not None and not stable:
+            self.window.missed(views, offset, write=True)
+        return got
 
     def _transfer(
         self, views: Sequence[memoryview], offset: int, length: int, flags: int | None
@@ -143,7 +217,7 @@ class Raw:
             done += got
             if not got or done >= length:
                 return done
-            views = _skip(views, got)
+            views = skip(views, got)
 
     def _bounce(
         self, views: Sequence[memoryview], offset: int, length: int, flags: int | None
@@ -165,10 +239,10 @@ class Raw:
                 piece = piece[: max(filled - (at - start), 0)]
                 if not piece:
                     break
-                _copy(piece, _skip(views, done), fill=True)
+                copy(piece, skip(views, done))
             else:
                 pages[filled:] = bytes(len(pages) - filled)
-                _copy(piece, _skip(views, done), fill=False)
+                gather(piece, skip(views, done))
                 size = os.fstat(self.fd).st_size
                 os.pwritev(self.fd, [pages], start, flags)
                 if self._is_file and start + len(pages) > size:
@@ -190,6 +264,14 @@ class Raw:
             if not self._direct:
                 self._lost = err.errno or errno.EIO
             raise
+
+    def commit(self) -> None:
+        """See Disk. The page cache outlives us."""
+
+    def finish(self) -> None:
+        """See Disk."""
+        if self.window is not None:
+            self.window.clear()
 
     # Ranges.
 
@@ -215,9 +297,8 @@ class Raw:
             return
         end = offset + length
         while offset < end:
-            count, rest = divmod(min(end - offset, IOV_MAX * len(_ZEROES)), len(_ZEROES))
-            views = [_ZEROES] * count if count else [_ZEROES[:rest]]
-            offset += self.write(views, offset, count * len(_ZEROES) or rest)
+            piece = min(end - offset, IOV_MAX * len(ZEROES))
+            offset += self.write(zeroes(piece), offset, piece)
 
     def _fallocate(self, mode: int, offset: int, length: int) -> bool:
         """Return whether it was done; if not, it must be done in another way. Raises OSError."""
@@ -232,6 +313,18 @@ class Raw:
             raise OSError(number, os.strerror(number))
         return False
 
+    def map(self, offset: int, length: int) -> Iterator[Run]:
+        """See Disk. Holes of a file are zeroes."""
+        end = min(offset + length, self.size)
+        while offset < end:
+            start = _seek(self.fd, offset, os.SEEK_DATA, end)
+            if start > offset:
+                yield Run(offset, start - offset, "zero", 0, -1)
+            offset = start
+            if start < end:
+                offset = _seek(self.fd, start, os.SEEK_HOLE, end)
+                yield Run(start, offset - start, "data", 0, start)
+
     # Size.
 
     def resize(self, size: int) -> None:
@@ -240,16 +333,16 @@ class Raw:
             if not self._is_file or self.readonly:
                 what = "a read-only image" if self._is_file else "a block device"
                 raise ConfigError(f"{what} has the size it has", hint="give no size to look again")
-            found = self._find_size()
+            found = self.find_size()
             if size < found:
                 raise ConfigError(
                     f"the image has {found} bytes already",
-                    hint="stop the VM and cut the image with truncate(1); what is cut off is lost",
+                    hint="pyvmctl image resize --shrink cuts one that no VM has",
                 )
             os.ftruncate(self.fd, size)
-        self.size = self._find_size()
+        self.size = self.find_size()
 
-    def _find_size(self) -> int:
+    def find_size(self) -> int:
         """Return how many bytes there are now. Raises HostError, OSError."""
         if self._is_file:
             return os.fstat(self.fd).st_size
@@ -260,26 +353,16 @@ class Raw:
         return size
 
 
-def _skip(views: Sequence[memoryview], count: int) -> list[memoryview]:
-    """Return the views without their first `count` bytes; the caller's stay as they are."""
-    left: list[memoryview] = []
-    for view in views:
-        if count < len(view):
-            left.append(view[count:])
-        count = max(count - len(view), 0)
-    return left
-
-
-def _copy(piece: memoryview, views: Sequence[memoryview], *, fill: bool) -> None:
-    """Copy a piece into the views, or the piece out of them if not `fill`."""
-    at = 0
-    for view in views:
-        part = piece[at : at + len(view)]
-        if fill:
-            view[: len(part)] = part
-        else:
-            part[:] = view[: len(part)]
-        at += len(part)
+def _seek(fd: int, offset: int, whence: int, end: int) -> int:
+    """Return where data, or a hole, begins, at most `end`."""
+    try:
+        return min(os.lseek(fd, offset, whence), end)
+    except OSError as err:
+        if err.errno == errno.ENXIO:  # nothing but a hole up to the end
+            return end
+        if whence == os.SEEK_DATA:  # it cannot tell
+            return offset
+        return end
 
 
 def _ioctl_int(fd: int, request: int) -> int:

@@ -62,6 +62,8 @@ class VirtQueue:
         "_next_used",
         "_recovered",
         "_uncalled",
+        "adopted",
+        "areas",
         "features",
         "live",
         "size",
@@ -74,6 +76,9 @@ class VirtQueue:
     ) -> None:
         self.size, self.features = size, features
         self.live = True  # until reset()
+        self.adopted = False  # whether it goes on where a killed predecessor was
+        #: GPAs of descriptor, driver and device area, for who lets another process serve it.
+        self.areas = (0, 0, 0)
         self._memory, self._area = memory, area
         self._indirect = bool(features & F_INDIRECT_DESC)
         self._event_idx = bool(features & F_EVENT_IDX)
@@ -108,6 +113,26 @@ class VirtQueue:
 
     def has_work(self) -> bool:
         """Tell whether pop would find a chain, or a broken ring."""
+        raise NotImplementedError
+
+    def peek(self, limit: int, length: int) -> list[tuple[int, int]]:
+        """Return head and table of the next chains that are an indirect table of `length` bytes.
+
+        Up to `limit`, perhaps fewer: [] says nothing about the queue. They stay available, a head
+        may be there twice or be in flight already, and a table is the caller's to read, once.
+        """
+        raise NotImplementedError
+
+    def take(self, tables: Sequence[tuple[int, int]], length: int) -> None:
+        """Pop the first of the chains of `peek`; no head may be in flight."""
+        raise NotImplementedError
+
+    def pass_back(self, done: Sequence[tuple[int, int]]) -> None:
+        """Give back the first of the chains of `peek`, pairs of head and written.
+
+        Nothing else may be in flight. Until now a successor of this process would have found them
+        in the ring and begun again.
+        """
         raise NotImplementedError
 
     @property
@@ -193,7 +218,9 @@ class VirtQueue:
         if len(heads) < count:
             return False
         for head in heads:
-            self._release(head)
+            entry = self._release(head)
+            if self._area is not None:
+                self._area.drop(entry)
             self._filled.pop(head, None)
         self._next_avail = cursor
         return True
@@ -274,6 +301,7 @@ class VirtQueue:
         if not area.holds_queue():
             area.format(self._next_used)
             return
+        self.adopted = True
         self._check_state(QueueState(area.used, area.used))
         self._next_used = area.used
         batch, used = area.unsettled()
@@ -286,7 +314,9 @@ class VirtQueue:
             area.settle(batch, used)
             for head, _ in heads:
                 self._release(head)
-            self._next_used = used
+        elif used != area.used and self._is_published(used):
+            area.settle(batch, used)
+        self._next_used = area.used
         self._recovered = area.taken()
         for entry in self._recovered:
             self._adopt(area, entry)
@@ -307,8 +337,8 @@ class VirtQueue:
         """Write the used entries of a batch at the used cursor, then let the driver see them."""
         raise NotImplementedError
 
-    def _release(self, head: int) -> None:
-        """Forget a chain, in the in-flight area too."""
+    def _release(self, head: int) -> int:
+        """Forget a chain; return its entry in the in-flight area, if there is one."""
         raise NotImplementedError
 
     def _want_kicks(self) -> None:

@@ -27,31 +27,46 @@ from devices import jail, process, title, words
 from devices.device import ERROR
 from devices.guestmem import Region
 from devices.process import Order
-from devices.spec import SPECS
+from devices.spec import FURTHER, SPECS
 from devices.viodev import Channel, ChannelError, ImsgType
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from devices.device import Device
+
+    # Is a device process: order, descriptors, create() of its kind, jail's level → exit status.
+    Main = Callable[[Order, dict[str, int], Callable[..., Device], str], int]
 
 FD_DEADLINE: Final = 5.0  # seconds between LAUNCH and the last of its descriptors
 LEAVE_DEADLINE: Final = 2.0  # seconds children get after the VM process has hung up
 MAX_FDS: Final = 128
 
 
-def serve(sock: socket.socket, vm: str, level: str, uid: int | None = None) -> None:
+def serve(
+    sock: socket.socket,
+    vm: str,
+    level: str,
+    uid: int | None = None,
+    *,
+    kinds: Iterable[str] = SPECS,
+    queue_pairs: bool = False,
+    main: Main = process.main,
+) -> None:
     """Be the spawner of the VM `vm`, at the other end of `sock`, until that is closed.
 
     `level` is vm.yaml's word for the jail: required, best-effort, off. `uid` is the user that the
-    VM process will be, if that changes.
+    VM process will be, if that changes. Devices are of `kinds`, those of the network also such as
+    have several processes if there are `queue_pairs`, and each process is `main`.
     """
     _settle(sock.fileno())
     title.set_title(f"{vm}/spawn")
     channel = Channel(sock, "VM process", FD_DEADLINE)
-    spawner = Spawner(channel, vm, level)
-    for kind in SPECS:
+    spawner = Spawner(channel, vm, level, main)
+    for kind in kinds:
         spawner.load(kind)
+    for name in FURTHER if queue_pairs else ():
+        __import__(name)
     jail.prepare(level, uid)
     # All that was imported stays: collections must not walk it, and so unshare it, in any child.
     gc.freeze()
@@ -81,8 +96,8 @@ def _settle(sock_fd: int) -> None:
 class Spawner:
     """Forks device processes and reaps them."""
 
-    def __init__(self, channel: Channel, vm: str, level: str) -> None:
-        self._channel, self._vm, self._level = channel, vm, level
+    def __init__(self, channel: Channel, vm: str, level: str, main: Main = process.main) -> None:
+        self._channel, self._vm, self._level, self._main = channel, vm, level, main
         self._kinds: dict[str, Callable[..., Device]] = {}
         self._broken: dict[str, str] = {}  # kind → why it could not be imported
         self._children: dict[int, int] = {}  # pidfd → pid
@@ -182,7 +197,7 @@ class Spawner:
             os.dup2(0, 1)  # /dev/null, since _settle()
             os.dup2(0, 2)
             title.set_title(f"{self._vm}/{order.name}")
-            status = process.main(order, fds, create, self._level)
+            status = self._main(order, fds, create, self._level)
         finally:
             os._exit(status)
 

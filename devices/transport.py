@@ -89,11 +89,13 @@ class Transport:
         self._memory, self._door = memory, door
         ring = F_INDIRECT_DESC | F_EVENT_IDX | F_RING_RESET | F_VERSION_1
         ring |= F_RING_PACKED * packed | F_IN_ORDER * device.in_order
-        self.offered = device.features | ring
-        self.legacy_offered = device.features & 0xFFFF_FFFF | LEGACY_RING_FEATURES
+        self.offered = device.features | ring & device.ring_features
+        legacy_ring = LEGACY_RING_FEATURES if device.queue_sizes else 0
+        self.legacy_offered = device.features & 0xFFFF_FFFF | legacy_ring
         areas = inflight or [None] * len(device.queue_sizes)
         self.registers = [
-            QueueRegisters(size, area) for size, area in zip(device.queue_sizes, areas, strict=True)
+            QueueRegisters(size, area, in_order=device.in_order)
+            for size, area in zip(device.queue_sizes, areas, strict=True)
         ]
         #: The queues being served, by index: all None unless DRIVER_OK.
         self.live: list[VirtQueue | None] = [None] * len(self.registers)
@@ -189,6 +191,7 @@ class Transport:
         self._complain(f"needs a reset: {error.what}")
         self.status |= NEEDS_RESET
         self.live[:] = [None] * len(self.live)
+        self.device.halt(error)
         if self.status & DRIVER_OK:
             self.isr |= ISR_CONFIG
             self._door.interrupt(CONFIG_CHANGE)
@@ -220,6 +223,7 @@ class Transport:
             return False
         if self.status & DRIVER_OK and not self.status & NEEDS_RESET:
             self.live[index] = registers.queue
+            self.device.queue_enabled(index)
             self._door.schedule(index)
         return True
 
@@ -262,7 +266,7 @@ class Transport:
             # be back where they were after 256 (§4.1.4.3.1).
             self._config_news = False
             self.generation = (self.generation + 1) & 0xFF
-        return int.from_bytes(self.device.config()[offset : offset + size], "little")
+        return int.from_bytes(self.device.read_config(offset, size), "little")
 
     def write_config(self, offset: int, size: int, value: int) -> None:
         """Write configuration space, if the device has any there."""
@@ -276,8 +280,16 @@ class Transport:
 
     # Saving.
 
-    def save(self) -> dict[str, Any]:
-        """Return everything as plain JSON values; the device is paused, nothing in flight."""
+    def save(self, *, killed: bool = False) -> dict[str, Any]:
+        """Return everything as plain JSON values; the device is paused, nothing in flight.
+
+        `killed`: or it runs, and this is for when it is killed next. Then where its queues are is
+        in their in-flight areas.
+        """
+        queues = [registers.save() for registers in self.registers]
+        if killed:
+            for saved in queues:
+                saved["cursors"] = None
         return {
             "status": self.status,
             "legacy": self.legacy,
@@ -286,8 +298,8 @@ class Transport:
             "isr": self.isr,
             "generation": self.generation,
             "config_news": self._config_news,
-            "queues": [registers.save() for registers in self.registers],
-            "device": self.device.save(),
+            "queues": queues,
+            "device": self.device.remember() if killed else self.device.save(),
         }
 
     def load(self, state: dict[str, Any]) -> None:

@@ -30,12 +30,16 @@ _SINGLE_MMAP: Final = 1  # feature: both rings are one mapping (Linux 5.4)
 _OFF_SQES: Final = 0x1000_0000
 
 # linux/io_uring.h
-_OP_READV, _OP_WRITEV, _OP_FSYNC, _OP_READ, _OP_WRITE = 1, 2, 3, 22, 23
+_OP_READV, _OP_WRITEV, _OP_FSYNC = 1, 2, 3
+OP_READ: Final = 22
+OP_WRITE: Final = 23
 _FSYNC_DATASYNC: Final = 1
 
 # struct io_uring_sqe: opcode, flags, ioprio, fd, off, addr, len, rw_flags, user_data, buf_index,
 # personality, splice_fd_in, two words of padding.
 _SQE: Final = Struct("=BBHiQQIIQHHiQQ")
+# As much of it as we need, flags in the upper half of len; all else is zero, and stays so.
+_FIELDS: Final = Struct("=QQQQQ").pack_into
 _CQE: Final = Struct("=QiI")  # struct io_uring_cqe: user_data, res, flags
 # struct io_uring_params: sizes of both rings first, features at 20, and where the fields of the
 # rings lie from 40 and 80: head, tail, mask, entries, ..., array or cqes.
@@ -43,8 +47,11 @@ _PARAMS_SIZE: Final = 120
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
+
 _libc.syscall.argtypes = (ctypes.c_long,) * 7  # the number, and six as every call can have
 
+#: Token, OP_READ or OP_WRITE, address in this process, length, offset in the file.
+Transfer = tuple[int, int, int, int, int]
 
 # Python's stable C interface: Py_buffer says where the bytes of an object are, in its first word.
 _get_buffer: Final = ctypes.PYFUNCTYPE(
@@ -86,7 +93,9 @@ class Ring:
             words[sq_array // 4 + i] = i  # entry i is always described by slot i
         self._words, self._rings = words, rings
         self._sq_tail, self._cq_head, self._cq_tail = sq_tail // 4, cq_head // 4, cq_tail // 4
-        self._cqes, self._nr_cqes = cqes, nr_cqes
+        results = rings[cqes : cqes + _CQE.size * nr_cqes]
+        self._tokens, self._results = results.cast("Q"), results.cast("i")
+        self._cq_mask = nr_cqes - 1
         self._sqes = mmap.mmap(
             self.fd, _SQE.size * nr_sqes, mmap.MAP_SHARED | mmap.MAP_POPULATE, offset=_OFF_SQES
         )
@@ -100,18 +109,46 @@ class Ring:
 
     def read(self, token: int, fd: int, views: Sequence[memoryview], offset: int) -> None:
         """Queue preadv(2). Raises BlockingIOError, nothing queued, if the ring is full."""
-        self._transfer((_OP_READ, _OP_READV), token, views, offset, fd=fd, flags=0)
+        self._transfer((OP_READ, _OP_READV), token, views, offset, fd=fd, flags=0)
 
     def write(
         self, token: int, fd: int, views: Sequence[memoryview], offset: int, *, stable: bool
     ) -> None:
         """Queue pwritev(2); `stable` as with RWF_DSYNC. Raises BlockingIOError."""
         flags = os.RWF_DSYNC if stable else 0
-        self._transfer((_OP_WRITE, _OP_WRITEV), token, views, offset, fd=fd, flags=flags)
+        self._transfer((OP_WRITE, _OP_WRITEV), token, views, offset, fd=fd, flags=flags)
 
     def sync(self, token: int, fd: int) -> None:
         """Queue fdatasync(2), which covers the writes that are complete. Raises BlockingIOError."""
         self._put(_OP_FSYNC, token, (0, 0), 0, fd=fd, flags=_FSYNC_DATASYNC)
+
+    def start(self, fd: int, transfers: Sequence[Transfer]) -> None:
+        """Queue transfers and hand them to the kernel. Raises BlockingIOError, OSError.
+
+        Their memory is the caller's to keep until the results are there.
+        """
+        if self.nr_in_flight + len(transfers) > self.entries:
+            raise BlockingIOError(errno.EAGAIN, "the ring is full")
+        sqes, tail, mask, fields = self._sqes, self._tail, self.entries - 1, _FIELDS
+        fd <<= 32
+        for token, operation, hva, length, offset in transfers:
+            fields(sqes, (tail & mask) << 6, operation | fd, offset, hva, length, token)
+            tail += 1
+        self._tail = tail & 0xFFFF_FFFF
+        self._words[self._sq_tail] = self._tail
+        self._unsubmitted += len(transfers)
+        self.nr_in_flight += len(transfers)
+        # As submit() would, nearly always.
+        if _libc.syscall(_ENTER, self.fd, self._unsubmitted, 0, 0, 0, 0) == self._unsubmitted:
+            self._unsubmitted = 0
+        else:
+            self.submit()
+
+    @property
+    def has_results(self) -> bool:
+        """Whether reap would return something."""
+        words = self._words
+        return bool(words[self._cq_head] != words[self._cq_tail])
 
     def submit(self) -> None:
         """Hand what was queued to the kernel. Raises OSError."""
@@ -123,15 +160,18 @@ class Ring:
         if self.nr_in_flight:
             self._enter(1, _GETEVENTS)
 
-    def reap(self) -> list[tuple[int, int]]:
-        """Return new results: token, and bytes transferred or a negative errno."""
+    def reap(self, most: int = 1 << 16) -> list[tuple[int, int]]:
+        """Return up to `most` results: token, and bytes transferred or a negative errno."""
         head, tail = self._words[self._cq_head], self._words[self._cq_tail]
+        if (tail - head) & 0xFFFF_FFFF > most:
+            tail = (head + most) & 0xFFFF_FFFF
         found: list[tuple[int, int]] = []
+        tokens, results, mask, held = self._tokens, self._results, self._cq_mask, self._held
         while head != tail:
-            at = self._cqes + _CQE.size * (head & (self._nr_cqes - 1))
-            token, result, _ = _CQE.unpack_from(self._rings, at)
-            found.append((token, result))
-            self._held.pop(token, None)
+            at = 2 * (head & mask)
+            found.append((tokens[at], results[2 * at + 2]))
+            if held:
+                held.pop(tokens[at], None)
             head = (head + 1) & 0xFFFF_FFFF
         self._words[self._cq_head] = head
         self.nr_in_flight -= len(found)
@@ -139,8 +179,8 @@ class Ring:
 
     def close(self) -> None:
         """Free the ring; nothing may be in flight."""
-        self._words.release()
-        self._rings.release()
+        for view in (self._words, self._tokens, self._results, self._rings):
+            view.release()
         self._sqes.close()
         os.close(self.fd)
 
@@ -174,7 +214,8 @@ class Ring:
         if self.nr_in_flight >= self.entries:
             raise BlockingIOError(errno.EAGAIN, "the ring is full")
         at = _SQE.size * (self._tail & (self.entries - 1))
-        _SQE.pack_into(self._sqes, at, op, 0, 0, fd, offset, *span, flags, token, 0, 0, 0, 0, 0)
+        where, length = span
+        _FIELDS(self._sqes, at, op | fd << 32, offset, where, length | flags << 32, token)
         self._tail = (self._tail + 1) & 0xFFFF_FFFF
         self._words[self._sq_tail] = self._tail
         self._unsubmitted += 1

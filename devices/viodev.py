@@ -12,16 +12,22 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import contextmanager
 from enum import IntEnum
 from multiprocessing.connection import Connection
 from struct import Struct, pack
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from config.errors import PyvmError
+from devices import passing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 IMSG_MAX: Final = 16384  # bytes, header included (vmd, reference §b.1)
 FD_MARK: Final = 1 << 31  # in the length: one descriptor follows
 _HEADER: Final = Struct("<IIII")  # type, length, peerid, pid
+DATA_MAX: Final = IMSG_MAX - _HEADER.size
 
 _SOL: Final = socket.SOL_SOCKET
 
@@ -40,8 +46,9 @@ class ImsgType(IntEnum):
     EXITED = 5  # from the spawner: JSON, a child's wait status
     PAUSE = 6  # to a device: no DMA after the answer, which has the same type
     UNPAUSE = 7
-    SETTING = 8  # to a device: JSON, a change at run time; answered with the same type
+    SETTING = 8  # to a device: JSON, perhaps a descriptor: a change at run time; same type back
     LOG = 9  # from a device: level byte and text
+    EVENT = 10  # from a device: a word of its kind, something that the VM process acts on
 
 
 class MsgType(IntEnum):
@@ -102,6 +109,7 @@ class Channel:
         self.name = name
         sock.setblocking(True)
         self._connection = Connection(sock.detach())
+        self._passing: socket.socket | None = None
         self.set_deadline(deadline)
 
     def fileno(self) -> int:
@@ -126,7 +134,7 @@ class Channel:
                 _HEADER.pack(kind, length | mark, peerid, os.getpid()) + data
             )
             if fd is not None:
-                with socket.socket(fileno=os.dup(self.fileno())) as sock:
+                with self._socket() as sock:
                     socket.send_fds(sock, [b"F"], [fd])
         except BlockingIOError as err:
             raise ChannelError(f"{self.name}: does not take messages") from err
@@ -151,17 +159,28 @@ class Channel:
         fd = self._receive_fd() if marked & FD_MARK else None
         return Imsg(kind, frame[_HEADER.size :], peerid, pid, fd)
 
+    def expect_fds(self) -> None:
+        """Get ready to receive descriptors where no other can be made meanwhile: in a jail."""
+        self._passing = socket.socket(fileno=os.dup(self.fileno()))
+
+    @contextmanager
+    def _socket(self) -> Iterator[socket.socket]:
+        """The channel as a socket, which knows how to pass descriptors; a connection does not."""
+        if self._passing is not None:
+            yield self._passing
+        else:
+            with socket.socket(fileno=os.dup(self.fileno())) as sock:
+                yield sock
+
     def _receive_fd(self) -> int:
-        with socket.socket(fileno=os.dup(self.fileno())) as sock:
-            try:
-                byte, fds, flags, _ = socket.recv_fds(sock, 1, 1)
-            except OSError as err:
-                raise ChannelError(f"{self.name}: {err.strerror or err}") from err
-        if len(fds) != 1 or byte != b"F" or flags & socket.MSG_CTRUNC:
-            for extra in fds:
-                os.close(extra)
+        try:
+            with self._socket() as sock:
+                byte, fds, cut = passing.receive(sock, 1, 1)
+        except OSError as err:
+            raise ChannelError(f"{self.name}: {err.strerror or err}") from err
+        if len(fds) != 1 or byte != b"F" or cut:
+            passing.close(fds)
             raise ChannelError(f"{self.name}: sent no descriptor where it said one follows")
-        os.set_inheritable(fds[0], False)
         return fds[0]
 
     def send_msg(self, message: ViodevMsg) -> None:
@@ -186,6 +205,8 @@ class Channel:
 
     def close(self) -> None:
         """Close this end; the peer sees EOF."""
+        if self._passing is not None:
+            self._passing.close()
         self._connection.close()
 
 

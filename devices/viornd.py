@@ -25,6 +25,8 @@ MAX_REQUEST: Final = 64 * 1024  # bytes: a longer buffer comes back filled in pa
 BUDGET: Final = 256 * 1024  # bytes per wake-up, about 1 ms
 REQUEST_COST: Final = 4096  # bytes: what a request counts for beside its own
 
+_REQUESTS, _BYTES = range(2)  # of its counters
+
 
 def create(
     settings: Mapping[str, Any], _fds: Mapping[str, int], memory: GuestMemory, host: Host
@@ -48,10 +50,14 @@ class Viornd(Device):
 
     def activate(self, features: int, queues: Sequence[VirtQueue | None]) -> None:
         """Answer what a predecessor was killed over."""
-        for queue in queues:
+        for index, queue in enumerate(queues):
             if queue is not None:
-                for chain in queue.resubmit():
-                    self._answer(queue, chain)
+                self.start_queue(index, queue)
+
+    def start_queue(self, index: int, queue: VirtQueue) -> None:
+        """Answer what a predecessor was killed over; a call is due for it."""
+        for chain in queue.resubmit():
+            self._answer(queue, chain)
 
     def kick(self, index: int, queue: VirtQueue) -> bool:
         """Answer what is there, as far as budget and rate go, then call once."""
@@ -76,7 +82,7 @@ class Viornd(Device):
         """Change `rate`: bytes per second, 0 for no limit."""
         if name != "rate":
             return super().setting(name, value)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if type(value) is not int or not 0 <= value < 1 << 53:
             raise ConfigError(f"rate: {value!r} is not a number of bytes per second, 0 or more")
         self._set_rate(value)
         self.host.schedule(0)  # who waited for the old rate need not
@@ -88,6 +94,8 @@ class Viornd(Device):
             raise GuestError("entropy request with a readable buffer")
         written = self._fill(chain.writable, chain.writable_bytes)
         queue.push(chain.head, written)
+        self.totals[_REQUESTS] += 1
+        self.totals[_BYTES] += written
         return written
 
     def _fill(self, views: Sequence[memoryview], size: int) -> int:

@@ -1,6 +1,7 @@
 """Virtio registers: what a viodev_msg's register number and width mean (virtio 1.2 §4.1.4).
 
     0x0000  common configuration   table below     0x0200  ISR, cleared by reading; 0x201 peeks
+                                                   0x0202  from the VM process: MSI-X is on
     0x0100  notify                 a queue index   0x0300  device configuration, any width
     0x1000  legacy registers       legacy.py
 
@@ -118,6 +119,8 @@ class Registers:
             self._write_common(reg, size, value)
         elif reg == Block.NOTIFY and size == 2:
             self.transport.notify(value)
+        elif reg == Block.MSIX and size == 1:
+            self.transport.device.msix(bool(value))
         else:
             self._refuse("write", reg, size)
 
@@ -235,10 +238,11 @@ class Registers:
 
     # Saving.
 
-    def save(self) -> dict[str, Any]:
-        """Return everything as plain JSON values; the device is paused, nothing in flight."""
+    def save(self, *, killed: bool = False) -> dict[str, Any]:
+        """Return everything as plain JSON values; see Transport.save."""
         selects = [self._device_window, self._driver_window, self._queue]
-        return {**self.transport.save(), "selects": selects, "legacy_queue": self._legacy.queue}
+        state = self.transport.save(killed=killed)
+        return {**state, "selects": selects, "legacy_queue": self._legacy.queue}
 
     def load(self, state: dict[str, Any]) -> None:
         """Become what `save` described. Raises GuestError, PyvmError."""

@@ -19,12 +19,16 @@ layout in `packed.py`, and what survives the death of this process in `inflight.
 
 from __future__ import annotations
 
+from array import array
+from itertools import chain as flat
+from struct import Struct
 from typing import TYPE_CHECKING, Final
 
 from config.errors import GuestError
-from devices.chain import Chain, walk
-from devices.features import F_NOTIFY_ON_EMPTY, F_RING_PACKED
+from devices.chain import DESC_F_INDIRECT, Chain, walk
+from devices.features import F_IN_ORDER, F_NOTIFY_ON_EMPTY, F_RING_PACKED
 from devices.inflight import Inflight
+from devices.inflightrow import RowInflight
 from devices.packed import PackedQueue
 from devices.ring import MAX_SIZE, RECOVERED, QueueState, VirtQueue, ring_area
 
@@ -37,6 +41,9 @@ __all__ = ["Chain", "QueueState", "SplitQueue", "VirtQueue", "open_queue"]
 
 AVAIL_F_NO_INTERRUPT: Final = 1
 USED_F_NO_NOTIFY: Final = 1
+_MANY: Final = 4  # used entries that are written together sooner than one by one
+
+_read_head: Final = Struct("<QIH").unpack_from  # addr, len, flags
 
 
 def open_queue(
@@ -48,16 +55,23 @@ def open_queue(
     *,
     features: int,
     inflight: memoryview | None = None,
+    in_order: bool = False,
 ) -> VirtQueue:
     """Return the device side of a queue that the driver has just enabled.
 
     The three addresses are those of the descriptor, driver and device area. `inflight` is a view
     of `inflight_bytes()` of shared memory that outlives this process; if it still holds the
     queue of a killed one, the new queue carries on from there and `resubmit` gives its chains.
+    A device that gives chains back `in_order` of taking, always, has less to note there.
     Raises GuestError unless size, alignment and addresses are right.
     """
+    areas = desc_gpa, avail_gpa, used_gpa
     layout = PackedQueue if features & F_RING_PACKED else SplitQueue
-    return layout(memory, size, desc_gpa, avail_gpa, used_gpa, features=features, inflight=inflight)
+    queue: VirtQueue = layout(
+        memory, size, *areas, features=features, inflight=inflight, in_order=in_order
+    )
+    queue.areas = areas
+    return queue
 
 
 class SplitQueue(VirtQueue):
@@ -86,11 +100,15 @@ class SplitQueue(VirtQueue):
         *,
         features: int,
         inflight: memoryview | None = None,
+        in_order: bool = False,
     ) -> None:
         """See open_queue()."""
         if not 0 < size <= MAX_SIZE or size & (size - 1):
             raise GuestError(f"queue size {size} is not a power of two up to {MAX_SIZE}")
-        area = None if inflight is None else Inflight(inflight, size, packed=False)
+        area = None
+        if inflight is not None:
+            in_row = in_order or features & F_IN_ORDER
+            area = RowInflight(inflight, size) if in_row else Inflight(inflight, size, packed=False)
         super().__init__(memory, size, features, area)
         self._mask = size - 1
         self._notify_on_empty = bool(features & F_NOTIFY_ON_EMPTY)
@@ -151,9 +169,45 @@ class SplitQueue(VirtQueue):
             area.settle(((head, written),), used)
         self._uncalled += 1
 
+    def peek(self, limit: int, length: int) -> list[tuple[int, int]]:
+        """See VirtQueue."""
+        found: list[tuple[int, int]] = []
+        cursor, size, avail, table = self._next_avail, self.size, self._avail, self._table
+        pending = (avail[1] - cursor) & 0xFFFF
+        if pending > size or not self._indirect:
+            return found
+        slot = 2 + (cursor & self._mask)
+        for head in avail[slot : min(slot + min(pending, limit), 2 + size)]:
+            if head >= size:
+                break
+            table_gpa, table_length, flags = _read_head(table, 16 * head)
+            if flags != DESC_F_INDIRECT or table_length != length:
+                break
+            found.append((head, table_gpa))
+        return found
+
+    def take(self, tables: Sequence[tuple[int, int]], length: int) -> None:
+        """See VirtQueue."""
+        if self._area is not None:
+            self._area.take_all([head for head, _ in tables])
+        cursor = self._next_avail
+        for head, _ in tables:
+            self._in_flight[head] = cursor
+            self._next_avail = cursor = (cursor + 1) & 0xFFFF
+
+    def pass_back(self, done: Sequence[tuple[int, int]]) -> None:
+        """See VirtQueue."""
+        self._next_avail = (self._next_avail + len(done)) & 0xFFFF
+        self._show(done)
+
     def _publish(self, batch: Sequence[tuple[int, int]]) -> None:
+        in_flight = self._in_flight
         for head, _ in batch:
-            del self._in_flight[head]
+            del in_flight[head]
+        self._show(batch)
+
+    def _show(self, batch: Sequence[tuple[int, int]]) -> None:
+        """Let the driver see a batch; and whoever comes after us, whatever happens meanwhile."""
         used = (self._next_used + len(batch)) & 0xFFFF
         if self._area is None:
             self._write_used(batch)
@@ -165,14 +219,16 @@ class SplitQueue(VirtQueue):
         self._uncalled += len(batch)
 
     def _write_used(self, batch: Sequence[tuple[int, int]]) -> None:
-        cursor = self._next_used
-        for head, written in batch:
-            slot = 1 + 2 * (cursor & self._mask)
-            self._used32[slot] = head
-            self._used32[slot + 1] = written
-            cursor += 1
+        used32, mask, cursor, count = self._used32, self._mask, self._next_used, len(batch)
+        slot = 1 + 2 * (cursor & mask)
+        if count >= _MANY and slot + 2 * count <= len(used32):
+            used32[slot : slot + 2 * count] = array("I", flat.from_iterable(batch))
+        else:
+            for number, entry in enumerate(batch, cursor):
+                slot = 1 + 2 * (number & mask)
+                used32[slot], used32[slot + 1] = entry
         # One index for all: the driver sees the whole batch or none of it.
-        self._used16[1] = cursor & 0xFFFF
+        self._used16[1] = (cursor + count) & 0xFFFF
 
     def has_work(self) -> bool:
         """Tell whether pop would find a chain, or a broken ring."""
@@ -205,10 +261,9 @@ class SplitQueue(VirtQueue):
     def _before(self, cursor: int, head: int) -> int:
         return (cursor - 1) & 0xFFFF
 
-    def _release(self, head: int) -> None:
+    def _release(self, head: int) -> int:
         self._in_flight.pop(head)
-        if self._area is not None:
-            self._area.drop(head)
+        return head
 
     def _check_state(self, state: QueueState) -> None:
         avail, used = state

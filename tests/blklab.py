@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from config.model import DiskConfig
 from devices.blkreq import HEADER
+from devices.blkring import OverlappingServer
 from devices.device import WARNING
 from devices.raw import Raw
 from devices.vioblk import Vioblk
 from devices.virtio import Registers
-from tests.driver import make_memory
-from tests.virtiodriver import VirtioDriver
+from tools.viodriver import make_memory
+from tools.viodriver.registers import VirtioDriver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
     from devices.device import Timer
     from devices.guestmem import GuestMemory, Region
-    from tests.driver import PackedDriver, SplitDriver, Used
+    from devices.raw import Disk
+    from tools.viodriver import PackedDriver, SplitDriver, Used
 
 DEADLINE: Final = 10.0  # seconds for what io_uring has in flight
 MEMORY: Final = 16 << 20
@@ -58,11 +60,13 @@ class BlkLab(VirtioDriver):
         content: bytes = b"",
         memory: GuestMemory | None = None,
         inflight: memoryview | None = None,
+        make_disk: Callable[[int], Disk] = Raw,
         **settings: Any,
     ) -> None:
         """Make an image of `size` bytes that begins with `content`, and a device on it.
 
-        `memory` and `inflight` are those of a predecessor to take over from.
+        `memory` and `inflight` are those of a predecessor to take over from; `make_disk` opens the
+        image, if its format is not raw.
         """
         self.image = directory / "disk.img"
         self.image.write_bytes(content)
@@ -76,7 +80,7 @@ class BlkLab(VirtioDriver):
         self.said: list[str] = []
         self.watched: dict[int, Callable[[int], None]] = {}
         self.nr_queues = disk.queues
-        self.disk = Raw(self._fd)
+        self.disk: Any = make_disk(self._fd)
         self.device = Vioblk(self.memory, self, self.disk, disk._asdict())
         self.registers = Registers(
             self.device,
@@ -97,6 +101,9 @@ class BlkLab(VirtioDriver):
         trace: TracebackType | None,
     ) -> None:
         self.device.reset()  # nothing may be in flight when the memory goes
+        if isinstance(self.device._server, OverlappingServer):
+            self.device._server._ring.close()
+        self.disk.finish()
         os.close(self._fd)
 
     # The driver.
@@ -201,6 +208,9 @@ class BlkLab(VirtioDriver):
 
     def config_changed(self) -> None:
         self.registers.transport.config_changed()
+
+    def tell(self, word: str) -> None:
+        raise NotImplementedError
 
     def watch(self, fd: int, callback: Callable[[int], None], events: int = 1) -> None:
         self.watched[fd] = callback

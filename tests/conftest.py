@@ -1,8 +1,8 @@
 """Tiers, what they need, and fixtures that every tier may use.
 
-Tests in tests/kvm and tests/guest get the marker of that name. A test whose tier cannot run on
-this machine is skipped with the reason; `--no-skip` makes that, and any other skip in those two
-tiers, a failure.
+Tests in tests/kvm, tests/peers and tests/guest get the marker of that name. A test whose tier
+cannot run on this machine is skipped with the reason; `--no-skip` makes that, and any other skip
+in those tiers, a failure.
 """
 
 from __future__ import annotations
@@ -10,18 +10,20 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import signal
 import tempfile
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
 from config.errors import PyvmError
-from tests.guestvm import GuestVm
+from tests.guestvm import IMAGES, GuestVm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
 
-TIERS: Final = ("kvm", "guest")
+TIERS: Final = ("kvm", "peers", "guest")
+DESCRIPTORS_MOST: Final = 600  # that tests may leave, most in garbage
 GUEST_TIMEOUT: Final = 600  # seconds for a test that boots Linux, perhaps inside tools/kvmhost
 
 
@@ -29,7 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of this project."""
     group = parser.getgroup("pyvmd")
     group.addoption(
-        "--no-skip", action="store_true", help="a skipped test of the kvm or guest tier fails"
+        "--no-skip",
+        action="store_true",
+        help="a skipped test of the kvm, peers or guest tier fails",
     )
     group.addoption(
         "--update-golden", action="store_true", help="write golden files; then review the diff"
@@ -37,7 +41,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let --update-golden reach tests that look at the environment; keep tmp_path off 9p."""
+    """Let --update-golden reach tests that look at the environment; keep tmp_path off 9p.
+
+    A shell's background job has SIGINT and SIGQUIT ignored, what nohup starts SIGHUP, and so would
+    all that tests start.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     if config.getoption("--update-golden"):
         os.environ["PYVMD_UPDATE_GOLDEN"] = "1"
     if "PYVMD_KVMHOST" in os.environ:
@@ -51,15 +62,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         tier = os.path.relpath(item.path, here).split(os.sep)[0]
         if tier in TIERS:
             item.add_marker(tier)
-        if tier == "guest" and not item.get_closest_marker("timeout"):
+        if tier in ("peers", "guest") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(GUEST_TIMEOUT))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what this machine cannot run."""
-    for tier, why_not in (("kvm", why_no_kvm), ("guest", why_no_guests)):
+    reasons = (("kvm", why_no_kvm), ("peers", why_no_peers), ("guest", why_no_guests))
+    for tier, why_not in reasons:
         if item.get_closest_marker(tier) and (reason := why_not()):
             pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _descriptors() -> Iterator[None]:
+    """See that few are left open: what is beyond 1023 is nothing for select(2)."""
+    yield
+    count = len(os.listdir("/proc/self/fd"))
+    assert count < DESCRIPTORS_MOST, f"{count} descriptors are open after this file, or before it"
 
 
 @functools.cache
@@ -69,6 +89,16 @@ def why_no_kvm() -> str:
         os.close(os.open("/dev/kvm", os.O_RDWR))
     except OSError as err:
         return f"/dev/kvm: {err.strerror} (tools/kvmhost has one)"
+    return ""
+
+
+@functools.cache
+def why_no_peers() -> str:
+    """Return why no other monitor's guests can run here, "" if they can."""
+    if shutil.which("qemu-system-x86_64") is None:
+        return "no qemu-system-x86_64 (tools/setup installs it)"
+    if not os.path.exists(f"{IMAGES}/debian.img"):
+        return "no guest image (tools/guest-image --debian makes it)"
     return ""
 
 

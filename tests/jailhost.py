@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 import pytest
 
 from devices import privileges, spawner, syscalls, vioblk, viornd
-from tests.devicehost import DeviceHost
+from tools.viodriver.private import DeviceHost
 from vmm import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 USER: Final = 65533  # nobody in particular
-SECONDS: Final = 20.0  # for a child to come to its end
+SECONDS: Final = 60.0  # for a child to come to its end
 
 # A user who may not read the test's own files must not need to: all of this is loaded by now.
 _LOADED: Final = (spawner, vioblk, viornd)

@@ -14,13 +14,17 @@ import ctypes
 import errno
 import os
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from config.model import DiskConfig
+from devices.spec import SPECS, VHOST, VhostKind
 from devices.viodev import ChannelError, ImsgType
 from tests import escape
-from tests.devicehost import DeviceHost, shared_spawner
+from tests.vhostpeer import VhostPeer
+from tests.vionetlab import SETTINGS as NET_SETTINGS
+from tools.viodriver.private import DeviceHost, shared_spawner
+from vmm.peers import place
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -64,6 +68,7 @@ class Prison:
         def create(*args: Any) -> Device:
             device: Device = real(*args)
             device.setting = run  # type: ignore[method-assign]
+            device.take = keep  # type: ignore[method-assign]
             return device
 
         self._patch.setattr(module, "create", create)
@@ -92,6 +97,7 @@ class Prison:
         if self._host is None:
             self._host = self._launch()
             self._host.async_.set_deadline(SECONDS)
+            self._fill_room(self._host)
         return self._host
 
     def attempt(self, name: str) -> str:
@@ -117,7 +123,24 @@ class Prison:
             return ended
         return str(answer.get("value", answer))
 
+    def _fill_room(self, host: DeviceHost) -> None:
+        """Give it the descriptors that there is room for: what then fits is too many."""
+        for _ in range(SPECS[self.kind].descriptors):
+            with open(os.devnull) as null:
+                host.ask(ImsgType.SETTING, {"name": "", "value": 0}, null.fileno())
+
     def _launch(self) -> DeviceHost:
+        if self.kind == "vionet":
+            mine, theirs = socket.socketpair()
+            self._parts.enter_context(mine)
+            with theirs:
+                settings = {**NET_SETTINGS, "backend": "stream"}
+                fds = {"stream0": theirs.fileno()}
+                return DeviceHost(
+                    "vionet", settings, spawner=self.spawner, memory_size=1 << 20, fds=fds
+                )
+        if self.kind == VHOST:
+            return self._launch_served()
         if self.kind != "vioblk":
             return DeviceHost(self.kind, spawner=self.spawner, memory_size=1 << 20)
         path = os.path.join(self._directory, "disk.img")
@@ -130,6 +153,24 @@ class Prison:
             )
         finally:
             os.close(fd)
+
+    def _launch_served(self) -> DeviceHost:
+        """Launch a device with a back end behind it."""
+        settings = place("dev", "/peer", VhostKind(40, 0xFF0000, 16, 0, 1), 1, exact=True).settings
+        mine, theirs = socket.socketpair()
+        peer = VhostPeer()
+        peer.serve(theirs)
+        self._parts.callback(peer.close)
+        rings = os.memfd_create("rings")
+        try:
+            os.ftruncate(rings, 1 << 16)
+            fds = {"peer": mine.fileno(), "rings": rings}
+            return DeviceHost(
+                VHOST, settings, spawner=self.spawner, memory_size=1 << 20, fds=fds, queues=1
+            )
+        finally:
+            os.close(rings)
+            mine.close()
 
     def _make_outside(self) -> Outside:
         listen = self._parts.enter_context
@@ -149,12 +190,29 @@ class Prison:
 def without_filters(patch: pytest.MonkeyPatch) -> None:
     """Have jails made without seccomp, to see what else there is."""
     patch.setattr("devices.seccomp.install", lambda _code: None)
+    patch.setattr("tests.jaillab.use_up_room", _use_up_room)
+
+
+def use_up_room() -> None:
+    """Where there are filters, they refuse all that would take a descriptor."""
+
+
+def _use_up_room() -> None:
+    """Fill the room of kinds that are passed descriptors at run time: the limit is behind it."""
+    with suppress(OSError):
+        while True:
+            os.dup(0)
+
+
+def keep(name: str, value: Any, fd: int) -> None:
+    """Stand in for Device.take: it stays open."""
 
 
 def run(name: str, value: Any) -> str:
     """Do as the test says; inside the jail, in the place of Device.setting."""
     try:
         if name == "attempt":
+            use_up_room()
             escape.ATTEMPTS[value[0]].run(Outside(*value[1]))
         else:
             _libc.syscall(*(ctypes.c_long(word) for word in value))

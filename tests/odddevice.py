@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from devices import viornd
+from devices import policy, viornd
 from devices.device import Device
-from tests.devicehost import DeviceHost
+from devices.spec import SPECS
+from tools.viodriver.private import DeviceHost
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,6 +34,7 @@ class Odd(Device):
         super().__init__(memory, host)
         self.settings = settings
         self.kicks = [0, 0]
+        self.taken: list[int] = []
         self.timer = host.timer(lambda: self.count(0))
         self.alarm = os.eventfd(0, os.EFD_NONBLOCK)
         host.watch(self.alarm, self.alarmed)
@@ -63,9 +65,22 @@ class Odd(Device):
             self.host.config_changed()
         return None
 
+    def take(self, name: str, value: Any, fd: int) -> Any:
+        if name != "keep":
+            return super().take(name, value, fd)
+        self.taken.append(fd)
+        while len(self.taken) > value:
+            os.close(self.taken.pop(0))
+        return os.read(fd, 100).decode()
 
-def open_odd(patch: pytest.MonkeyPatch, **settings: Any) -> DeviceHost:
-    """Run the odd device in a process of its own."""
+
+def open_odd(patch: pytest.MonkeyPatch, *, descriptors: int = 0, **settings: Any) -> DeviceHost:
+    """Run the odd device in a process of its own, with room for `descriptors`."""
+    row = policy.DEVICES["viornd"]
+    if descriptors:
+        patch.setitem(SPECS, "viornd", SPECS["viornd"]._replace(descriptors=descriptors))
+        row = row._replace(calls=(*row.calls, *policy.TAKES))
+        patch.setitem(policy.DEVICES, "viornd", row)
 
     def create(settings: Mapping[str, Any], _fds: object, memory: GuestMemory, host: Host) -> Odd:
         return Odd(memory, host, settings)

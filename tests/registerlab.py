@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 from devices.device import Device
 from devices.spec import INFLIGHT_STRIDE
 from devices.virtio import Registers
-from tests.driver import make_memory
-from tests.virtiodriver import VirtioDriver
+from tools.viodriver import make_memory
+from tools.viodriver.registers import VirtioDriver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -141,6 +141,9 @@ class Lab(VirtioDriver):
 
     def config_changed(self) -> None:
         self.registers.transport.config_changed()
+
+    def tell(self, word: str) -> None:
+        raise NotImplementedError
 
     def watch(self, fd: int, callback: Callable[[int], None], events: int = 1) -> None:
         raise NotImplementedError

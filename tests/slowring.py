@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from typing import TYPE_CHECKING
 
+from devices.uring import OP_READ, OP_WRITE
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from devices.uring import Transfer
 
 
 class SlowRing:
@@ -32,6 +37,20 @@ class SlowRing:
         flags = os.RWF_DSYNC if stable else 0
         self.queued.append((token, lambda: os.pwritev(self._plain(fd), views, offset, flags)))
 
+    def start(self, fd: int, transfers: Sequence[Transfer]) -> None:
+        for token, operation, hva, length, offset in transfers:
+            view = memoryview((ctypes.c_char * length).from_address(hva)).cast("B")
+            if operation == OP_WRITE:
+                self.write(token, fd, [view], offset, stable=False)
+            else:
+                assert operation == OP_READ
+                self.read(token, fd, [view], offset)
+        self.submit()
+
+    @property
+    def has_results(self) -> bool:
+        return bool(self.results)
+
     def sync(self, token: int, fd: int) -> None:
         self.queued.append((token, lambda: int(os.fdatasync(fd) is not None)))  # type: ignore[func-returns-value]
 
@@ -54,8 +73,8 @@ class SlowRing:
         self.submit()
         self.land()
 
-    def reap(self) -> list[tuple[int, int]]:
-        results, self.results = self.results, []
+    def reap(self, most: int = 1 << 16) -> list[tuple[int, int]]:
+        results, self.results = self.results[:most], self.results[most:]
         return results
 
     def land(self, result: int | None = None) -> None:

@@ -6,6 +6,7 @@ stores, or kills the device between any two of them.
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING, cast, overload
 
 from devices.guestmem import GuestMemory
@@ -67,7 +68,13 @@ class WatchedView:
         offset = self._offset + key.indices(len(self))[0] * self._view.itemsize
         return WatchedView(self._watch, self._name, offset, self._view[key])
 
-    def __setitem__(self, key: int, value: int) -> None:
+    def __setitem__(self, key: int | slice, value: int | bytes | array[int]) -> None:
+        if isinstance(key, slice):  # no order among its parts is promised, but this is one
+            assert isinstance(value, bytes | array)
+            for at, byte in zip(range(*key.indices(len(self))), value, strict=True):
+                self[at] = byte
+            return
+        assert isinstance(value, int)
         width = self._view.itemsize
         self._watch.store(Store(self._name, self._offset + key * width, width, value))
         self._view[key] = value

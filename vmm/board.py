@@ -13,7 +13,7 @@ from vmm.bus import Bus, Handler
 from vmm.debugport import DebugConsole, DebugExit
 from vmm.i8042 import I8042, FastA20
 from vmm.memory import split
-from vmm.pci import PciBus
+from vmm.pci import INTX_GSIS, SEABIOS_GSIS, PciBus
 from vmm.pm import Pm, ResetControl
 from vmm.rtc import Rtc
 from vmm.uart import Uart
@@ -57,7 +57,8 @@ class Board:
         )
         self.i8042 = I8042(partial(vm.irq_line, IRQ_KEYBOARD), owner.reset)
         self.pm = Pm(partial(vm.irq_line, IRQ_SCI), owner.power_off, timer=loop.timer)
-        self.pci = PciBus(self.pio, self.mmio, ResetControl(owner.reset))
+        gsis = SEABIOS_GSIS if config.boot.firmware else INTX_GSIS
+        self.pci = PciBus(self.pio, self.mmio, ResetControl(owner.reset), gsis)
         chips: list[tuple[int, int, Chip, str]] = [
             (COM1, 8, self.uart, "COM1"),
             (RTC_PORTS, 2, self.rtc, "RTC"),

@@ -1,4 +1,4 @@
-"""Direct boot: recognise a kernel image, load it, say where vCPU 0 starts.
+"""What a VM boots from; for direct boot: recognise a kernel, load it, say where vCPU 0 starts.
 
     bzImage ─────────────────────────────────────► linux.load_bzimage   64-bit, zero page
     ELF ── Xen note PHYS32_ENTRY ────────────────► pvh.load             32-bit, hvm_start_info
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from config.model import BootConfig
     from devices.guestmem import GuestMemory
     from vmm.bootfile import Image
+    from vmm.firmware import Firmware
 
-__all__ = ["BootImages", "E820Range", "Entry", "load", "open_images"]
+__all__ = ["BootImages", "E820Range", "Entry", "load", "open_boot", "open_images"]
 
 _HEAD: Final = multiboot.SEARCH  # bytes enough to recognise every kind
 _KINDS: Final = "pyvmd boots bzImage, ELF vmlinux, multiboot images"
@@ -69,8 +70,17 @@ class BootImages(NamedTuple):
         self.close()
 
 
+def open_boot(config: BootConfig) -> BootImages | Firmware:
+    """Open what `config` starts with. Raises ConfigError for a bad path, HostError otherwise."""
+    if config.firmware:
+        from vmm.firmware import open_firmware  # and fw_cfg, which a kernel does not need
+
+        return open_firmware(config.firmware)
+    return open_images(config)
+
+
 def open_images(config: BootConfig) -> BootImages:
-    """Open what `config` names. Raises ConfigError for a bad path, HostError otherwise."""
+    """Open kernel and initrd. Raises ConfigError for a bad path, HostError otherwise."""
     kernel = bootfile.open_image(config.kernel, "kernel")
     initrd = None
     try:

@@ -29,7 +29,7 @@ class Image(NamedTuple):
 
     fd: int
     path: str
-    kind: str  # "kernel" or "initrd", for messages
+    kind: str  # "kernel", "initrd" or "firmware", for messages
     size: int
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ class Image(NamedTuple):
 
 
 def open_image(path: str, kind: str) -> int:
-    """Open a kernel or initrd for reading and return the descriptor, the caller's to close.
+    """Open one of them for reading and return the descriptor, the caller's to close.
 
     Raises ConfigError for what the user must mend (missing, not readable, not a regular
     file, empty), HostError for what the host refused.

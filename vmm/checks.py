@@ -23,6 +23,7 @@ CONTROLLERS: Final = ("cpu", "memory", "pids")  # that limits on a VM would need
 
 _SYS_LANDLOCK_CREATE_RULESET: Final = 444
 _LANDLOCK_CREATE_RULESET_VERSION: Final = 1
+_CAP_NET_ADMIN: Final = 12
 _CLONE_NEWNS: Final = 0x00020000
 _CLONE_NEWUSER: Final = 0x10000000
 _CLONE_NEWNET: Final = 0x40000000
@@ -72,6 +73,28 @@ def device(path: str, module: str, purpose: str) -> Check:
     except OSError as err:
         return Check("warn", f"{path}: {err.strerror} ({purpose})", f"modprobe {module}", False)
     return Check("ok", path, value=True)
+
+
+def program(name: str, package: str, purpose: str) -> Check:
+    """A program that some VMs need."""
+    from vmm.net import programs  # a light module of a package that few verbs need
+
+    path = programs.find(name)
+    if not path:
+        return Check(
+            "warn", f"{name} is not installed ({purpose})", f"apt install {package}", False
+        )
+    return Check("ok", path, value=True)
+
+
+def net_admin(path: str = "/proc/self/status") -> Check:
+    """Whether this user may make taps and bridges."""
+    with open(path) as file:
+        [caps] = [int(line.split()[1], 16) for line in file if line.startswith("CapEff:")]
+    if caps >> _CAP_NET_ADMIN & 1:
+        return Check("ok", "taps and bridges can be made", value=True)
+    remedy = "as root: ip tuntap add NAME mode tap user YOU; or 'type: user' in vm.yaml"
+    return Check("warn", "no right to make taps and bridges", remedy, False)
 
 
 def join_group(device: str) -> str:

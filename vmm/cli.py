@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from config.errors import EXIT_DONE, PyvmError
-from vmm.usage import PROGRAM, UsageError, Verb, complain, parser
+from vmm.usage import PROGRAM, UsageError, Verb, choose, complain, parser
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,26 +22,49 @@ EXIT_BROKEN_PIPE: Final = 141  # 128 + SIGPIPE
 # Verb → the module that holds it, imported when it is asked for. In the order of the help.
 VERBS: Final = {
     "start": "vmm.verb_start",
+    "up": "vmm.verb_files",
+    "load": "vmm.verb_files",
+    "reload": "vmm.verb_files",
+    "forget": "vmm.verb_files",
+    "validate": "vmm.verb_files",
     "status": "vmm.verb_status",
+    "inspect": "vmm.verb_inspect",
+    "stats": "vmm.verb_stats",
+    "top": "vmm.verb_stats",
+    "metrics": "vmm.verb_stats",
     "console": "vmm.verb_console",
     "log": "vmm.verb_log",
+    "events": "vmm.verb_events",
     "stop": "vmm.verb_control",
+    "kill": "vmm.verb_control",
     "wait": "vmm.verb_wait",
-    "reset": "vmm.verb_control",
+    "reboot": "vmm.verb_control",
+    "reset": "vmm.verb_reset",
     "pause": "vmm.verb_control",
     "unpause": "vmm.verb_control",
+    "import": "vmm.verb_import",
     "disk": "vmm.verb_disk",
+    "cdrom": "vmm.verb_cdrom",
+    "create": "vmm.verb_create",
+    "image": "vmm.verb_image",
+    "net": "vmm.verb_net",
+    "nic": "vmm.verb_net",
+    "pcap": "vmm.verb_net",
     "doctor": "vmm.verb_host",
     "schema": "vmm.verb_host",
+    "completion": "vmm.verb_docs",
+    "manual": "vmm.verb_docs",
     "version": "vmm.verb_host",
     "help": "vmm.verb_help",
 }
 ALIASES: Final = {
     "show": "status",
+    "stat": "status",  # vmctl's users shorten it so
     "ls": "status",
     "ps": "status",
     "list": "status",
     "resume": "unpause",
+    "restart": "reboot",
 }
 
 
@@ -71,9 +94,9 @@ def run(arguments: list[str]) -> int:
         word = "version"
     elif word.startswith("-"):
         raise UsageError(f"{word}: options come after the verb", hint=f"see '{PROGRAM} help'")
-    verb = load(resolve(word))
+    verb, rest = choose(load(resolve(word)), rest)
     try:
-        options = parser(verb).parse_intermixed_args(rest)
+        options = parser(verb).parse_words(rest)
     except SystemExit:  # --help has printed and wants to leave
         return EXIT_DONE
     return verb.run(options)

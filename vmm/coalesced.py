@@ -83,10 +83,13 @@ class CoalescedPort:
                 if address == self._port:
                     data.append(byte)
                 first = (first + 1) % _SLOTS
-            heads[0] = first
-            # Under the lock, or another vCPU could overtake with later bytes.
-            if data:
-                self._write_many(bytes(data))
+            # Under the lock, and before the ring looks empty: else whoever comes by meanwhile, and
+            # writes a byte that is not queued, would overtake.
+            try:
+                if data:
+                    self._write_many(bytes(data))
+            finally:
+                heads[0] = first
             return bool(data)
 
     def _look(self) -> None:

@@ -13,7 +13,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from vmm.log import Appender
-from vmm.sockets import Listener, Stream, flush_and_close
+from vmm.sockets import Listener, Stream, flush_and_close, leaver
 
 if TYPE_CHECKING:
     import socket
@@ -98,7 +98,7 @@ class Console:
         self._lost = 0  # printed, but too much for _pending
         self._awake = False  # _deliver() is on its way
         self._ring = bytearray()
-        self._viewers: dict[Viewer, None] = {}
+        self._viewers: dict[Viewer, Peer] = {}
         self._starved: deque[Viewer] = deque()  # have typed what the UART has no room for
         self._hungry = False  # room() matters
         self.bytes_out = 0  # printed by the guest
@@ -178,12 +178,15 @@ class Console:
                 return
         self._hungry = False
 
-    def _welcome(self, sock: socket.socket) -> None:
+    def _welcome(self, sock: socket.socket, peer: Peer) -> None:
         if len(self._viewers) >= VIEWERS:
-            self._listener.refuse(sock, f"{VIEWERS} viewers are attached already")
-            return
+            crowd = leaver(self._viewers, peer)
+            if crowd is None:
+                self._listener.refuse(sock, f"{VIEWERS} viewers are attached already")
+                return
+            crowd.close()
         viewer = Viewer(self._loop, sock, self)
-        self._viewers[viewer] = None
+        self._viewers[viewer] = peer
         # A full ring begins somewhere in a line, perhaps in the middle of an escape sequence.
         start = self._ring.find(b"\n", 0, RING // 16) + 1 if len(self._ring) == RING else 0
         viewer.send(bytes(self._ring[start:]))

@@ -6,22 +6,24 @@ in `qmpsession`; what the bytes mean is in `qmp`.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from config.errors import PyvmError
 from vmm import log, qmp
 from vmm.qmpsession import Session
-from vmm.sockets import Listener, flush_and_close
+from vmm.sockets import Listener, flush_and_close, leaver
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Mapping
 
     from devices.loop import Loop
+    from vmm.qmpfds import Descriptors
     from vmm.qmpsession import Later
     from vmm.sockets import Peer
 
-CLIENTS: Final = 16
+CLIENTS: Final = 32
 
 # Values of "reason" in RESET and SHUTDOWN events (ShutdownCause in QEMU's schema).
 CAUSE_QUIT: Final = "host-qmp-quit"
@@ -68,8 +70,22 @@ class VmOperations(Protocol):
     def send_break(self) -> Later | None:
         """Send a BREAK on the serial line."""
 
-    def set_device(self, device: str, setting: str, value: Any) -> Any:
-        """Change something about a virtio device at run time; the device says what and how."""
+    def set_device(self, device: str, setting: str, value: Any, fd: int = -1) -> Any:
+        """Change something about a virtio device at run time; the device says what and how.
+
+        A device that wants a descriptor for it gets a copy of `fd`.
+        """
+
+    def ask(self, goal: str) -> dict[str, Any]:
+        """Ask the guest to "stop" or "reboot", and see to it that it does; return what is tried."""
+
+    def move_tray(
+        self, device: str, action: str, *, force: bool = False, fd: int = -1, path: str = ""
+    ) -> Any:
+        """Do one of eject, insert, load to a CD-ROM drive; return where disc and tray are now.
+
+        `fd` is the disc at `path`, to be copied. By `force` also if the guest has locked it.
+        """
 
     def quit(self, cause: str) -> Later | None:
         """End the VM without asking the guest; the end itself comes after this returns."""
@@ -80,6 +96,15 @@ class Command(NamedTuple):
 
     run: Callable[[VmOperations, dict[str, Any]], Any]
     arguments: Mapping[str, tuple[type, bool]] = {}
+    told: bool = False  # the log says who wanted that
+
+
+class ClientCommand(NamedTuple):
+    """A row whose command uses the descriptors that its client has handed over."""
+
+    run: Callable[[VmOperations, dict[str, Any], Descriptors], Any]
+    arguments: Mapping[str, tuple[type, bool]] = {}
+    told: bool = False
 
 
 def _negotiated(_vm: VmOperations, _arguments: dict[str, Any]) -> None:
@@ -92,28 +117,70 @@ def _query_status(vm: VmOperations, _arguments: dict[str, Any]) -> dict[str, Any
     return {"status": status, "running": status == "running"}
 
 
-COMMANDS: Final[dict[str, Command]] = {
+def _set_device(vm: VmOperations, arguments: dict[str, Any], fds: Descriptors) -> Any:
+    wanted = arguments["device"], arguments["setting"], arguments["value"]
+    if "fdname" not in arguments:
+        return vm.set_device(*wanted)
+    fd = fds.take(arguments["fdname"])
+    try:
+        return vm.set_device(*wanted, fd)
+    finally:
+        os.close(fd)
+
+
+def _change_medium(vm: VmOperations, arguments: dict[str, Any], fds: Descriptors) -> Any:
+    fd = fds.take(arguments["fdname"])
+    try:
+        force, path = arguments.get("force", False), arguments["path"]
+        return vm.move_tray(arguments["id"], "insert", force=force, fd=fd, path=path)
+    finally:
+        os.close(fd)
+
+
+COMMANDS: Final[dict[str, Command | ClientCommand]] = {
     "qmp_capabilities": Command(_negotiated, {"enable": (list, False)}),
     "query-version": Command(lambda vm, _: qmp.version()),
     "query-commands": Command(lambda vm, _: [{"name": name} for name in COMMANDS]),
     "query-name": Command(lambda vm, _: {"name": vm.name}),
     "query-status": Command(_query_status),
-    "stop": Command(lambda vm, _: vm.pause()),
-    "cont": Command(lambda vm, _: vm.resume()),
-    "system_reset": Command(lambda vm, _: vm.reset(CAUSE_HOST_RESET)),
-    "system_powerdown": Command(lambda vm, _: vm.power_button()),
-    "quit": Command(lambda vm, _: vm.quit(CAUSE_QUIT)),
+    "stop": Command(lambda vm, _: vm.pause(), told=True),
+    "cont": Command(lambda vm, _: vm.resume(), told=True),
+    "system_reset": Command(lambda vm, _: vm.reset(CAUSE_HOST_RESET), told=True),
+    "system_powerdown": Command(lambda vm, _: vm.power_button(), told=True),
+    "quit": Command(lambda vm, _: vm.quit(CAUSE_QUIT), told=True),
     "block_resize": Command(
         lambda vm, args: vm.set_device(args["device"], "resize", args["size"]),
         {"device": (str, True), "size": (int, True)},
     ),
-    "x-pyvmd-set-device": Command(
-        lambda vm, args: vm.set_device(args["device"], args["setting"], args["value"]),
-        {"device": (str, True), "setting": (str, True), "value": (object, True)},
+    "eject": Command(
+        lambda vm, args: vm.move_tray(args["id"], "eject", force=args.get("force", False)),
+        {"id": (str, True), "force": (bool, False)},
+    ),
+    "blockdev-close-tray": Command(
+        lambda vm, args: vm.move_tray(args["id"], "load"), {"id": (str, True)}
+    ),
+    "x-pyvmd-change-medium": ClientCommand(
+        _change_medium,
+        {"id": (str, True), "fdname": (str, True), "path": (str, True), "force": (bool, False)},
+    ),
+    "getfd": ClientCommand(lambda _, args, fds: fds.name(args["fdname"]), {"fdname": (str, True)}),
+    "closefd": ClientCommand(
+        lambda _, args, fds: os.close(fds.take(args["fdname"])), {"fdname": (str, True)}
+    ),
+    "x-pyvmd-set-device": ClientCommand(
+        _set_device,
+        {
+            "device": (str, True),
+            "setting": (str, True),
+            "value": (object, True),
+            "fdname": (str, False),
+        },
     ),
     "x-pyvmd-info": Command(lambda vm, _: dict(vm.info())),
     "x-pyvmd-send-break": Command(lambda vm, _: vm.send_break()),
-    "x-pyvmd-ctrl-alt-del": Command(lambda vm, _: vm.ctrl_alt_del()),
+    "x-pyvmd-stop": Command(lambda vm, _: vm.ask("stop"), told=True),
+    "x-pyvmd-reboot": Command(lambda vm, _: vm.ask("reboot"), told=True),
+    "x-pyvmd-ctrl-alt-del": Command(lambda vm, _: vm.ctrl_alt_del(), told=True),
 }
 
 _TYPE_WORDS: Final = {str: "a string", int: "an integer", bool: "a boolean", list: "an array"}
@@ -144,7 +211,7 @@ class Control:
         permitted: Callable[[Peer], bool],
     ) -> None:
         self._loop, self._vm = loop, vm
-        self._clients: dict[Session, None] = {}  # in order of arrival
+        self._clients: dict[Session, Peer] = {}  # in order of arrival
         self._listener = Listener(
             loop,
             listen_socket,
@@ -182,7 +249,12 @@ class Control:
             what = f"the command '{qmp.clip(request.name)}' has not been found"
             raise qmp.QmpError(what, error_class="CommandNotFound")
         _check(request.arguments, command.arguments)
+        if command.told:
+            peer = self._clients[client]
+            log.info(f"{request.name}, from uid {peer.uid}, process {peer.pid}", "control")
         try:
+            if isinstance(command, ClientCommand):
+                return command.run(self._vm, request.arguments, client.descriptors)
             return command.run(self._vm, request.arguments)
         except PyvmError:
             raise
@@ -199,13 +271,22 @@ class Control:
     def _forget(self, client: Session) -> None:
         self._clients.pop(client, None)
 
-    def _welcome(self, sock: socket.socket) -> None:
-        if len(self._clients) >= CLIENTS:
-            # Whoever connects and says nothing must not keep others out.
-            silent = next((other for other in self._clients if not other.negotiated), None)
-            if silent is None:
-                self._listener.refuse(sock, f"too many clients ({CLIENTS})")
-                return
-            silent.close()
+    def _welcome(self, sock: socket.socket, peer: Peer) -> None:
+        if len(self._clients) >= CLIENTS and not self._make_room(peer):
+            self._listener.refuse(sock, f"{CLIENTS} clients are connected, and that is the limit")
+            return
         session = Session(self._loop, sock, self.execute, self._forget)
-        self._clients[session] = None
+        self._clients[session] = peer
+
+    def _make_room(self, newcomer: Peer) -> bool:
+        """Drop a client: one that has said nothing yet, else one of those who have many."""
+        gone = next((other for other in self._clients if not other.negotiated), None)
+        if gone is None:
+            gone = leaver(self._clients, newcomer)
+        if gone is None:
+            return False
+        peer = self._clients[gone]
+        what = f"a client of uid {peer.uid}, process {peer.pid}, has to make room"
+        log.limited("control room", what, "control")
+        gone.close()
+        return True

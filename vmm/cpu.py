@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from vmm import kvmabi as abi
-from vmm.loader import BOOT_CS, BOOT_DS, BOOT_TSS
+from vmm.loader import BOOT_CS, BOOT_DS, BOOT_TSS, REAL
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -113,7 +113,7 @@ def set_up(vcpu: Vcpu, table: list[CpuidEntry], entry: Entry) -> None:
         ]
     )
     _wire_lapic(vcpu)
-    if vcpu.index == 0 and entry.mode != "real":
+    if vcpu.index == 0 and entry.mode != REAL:
         _set_entry(vcpu, entry)
 
 

@@ -23,13 +23,15 @@ from config.errors import (
     NoSuchVmError,
     PyvmError,
 )
-from vmm import log, survey, vm
+from config.model import LimitsConfig
+from vmm import cgroup, log, survey, vm
 from vmm.control import CAUSE_HOST_ERROR
+from vmm.ending import Ending
 from vmm.owner import resolve
 from vmm.rundir import RunDir
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from types import FrameType
 
     from config.model import VmConfig
@@ -39,6 +41,7 @@ CANCEL_SECONDS: Final = 5.0  # for a VM process to tidy up after itself before S
 # A write of at most PIPE_BUF (4096) bytes arrives in one piece, so one read has all of it.
 _REPORT_LIMIT: Final = 4000  # bytes: the exit status, then text
 _ERRORS: Final = {EXIT_USAGE: ConfigError, EXIT_NO_SUCH_VM: NoSuchVmError}
+_PLACES: Final = 12  # functions told of a fault of ours
 _DEADLY: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _REPORT_FD: Final = 3  # in the VM process, and the only descriptor that it inherits beyond 2
 
@@ -58,7 +61,7 @@ def run(config: VmConfig, started: Callable[[Started], None], *, foreground: boo
     process do so by SystemExit until the VM handles them itself.
     """
     _leave_on_signals()
-    rundir = RunDir(config.name, resolve(config.owner))
+    rundir = RunDir(config.name, resolve(config.owner, config.name))
     rundir.take()
     running = False
 
@@ -73,15 +76,30 @@ def run(config: VmConfig, started: Callable[[Started], None], *, foreground: boo
     except BaseException as err:
         if running or not foreground:  # else the caller says it on the same terminal
             log.error(f"{'ends' if running else 'does not start'}: {err or type(err).__name__}")
+        if running and isinstance(err, Exception) and not isinstance(err, PyvmError):
+            log.error(f"this is a fault of pyvmd's own, at {_place(err)}")
         if not running:
             rundir.discard()
             raise
-        ending = vm.Ending(CAUSE_HOST_ERROR, f"{type(err).__name__}: {err}", EXIT_FAILED)
-        rundir.write_exit(ending._asdict())
+        end = Ending(CAUSE_HOST_ERROR, f"{type(err).__name__}: {err}", EXIT_FAILED)
+        rundir.write_exit(end._asdict())
         rundir.close()
         raise
     rundir.close()
     return status
+
+
+def _place(err: BaseException) -> str:
+    """Return where it came from, the innermost function first.
+
+    By hand: a VM process in its jail cannot import `traceback`.
+    """
+    frames, at = [], err.__traceback__
+    while at is not None:
+        code = at.tb_frame.f_code
+        frames.append(f"{os.path.basename(code.co_filename)}:{at.tb_lineno} {code.co_name}")
+        at = at.tb_next
+    return ", ".join(frames[::-1][:_PLACES])
 
 
 def start(config: VmConfig) -> Started:
@@ -89,32 +107,87 @@ def start(config: VmConfig) -> Started:
 
     Raises PyvmError if it does not come to that, with the text and class of what went wrong there.
     """
-    reader, writer = os.pipe()
-    sys.stdout.flush()  # or the child would hold a copy of what is still unwritten
+    (result,) = start_together([config])
+    if isinstance(result, PyvmError):
+        raise result
+    return result
+
+
+def start_together(configs: Sequence[VmConfig]) -> list[Started | PyvmError]:
+    """Start VMs, each in a process of its own; return what became of each once all are settled.
+
+    An error has the text and class of what went wrong in that process.
+    """
+    pending: list[_Birth | PyvmError] = []
+    results: list[Started | PyvmError] = []
+    sys.stdout.flush()  # or the children would hold a copy of what is still unwritten
     sys.stderr.flush()
-    # Until both processes stand where a signal ends them in good order, signals wait.
+    # Until all processes stand where a signal ends them in good order, signals wait. The mask is
+    # inherited by the children; here it does not hold if the process has other threads.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _DEADLY)
+    waiting: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, _: waiting.append(number))
+        for number in _DEADLY
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
+    try:
+        for config in configs:
+            if config.limits != LimitsConfig():
+                with contextlib.suppress(HostError):  # the VM process says so, where it counts
+                    cgroup.settle(config.limits)
+            try:
+                pending.append(_fork(config, handlers, mask))
+            except HostError as err:
+                pending.append(err)
+        _restore(handlers)
+        _leave_on_signals()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number in waiting:
+            signal.raise_signal(number)
+        while pending:
+            birth = pending[0]
+            results.append(_await_report(birth) if isinstance(birth, _Birth) else birth)
+            pending.pop(0)
+    finally:  # only in haste is there something left
+        for birth in pending:
+            if isinstance(birth, _Birth):
+                _cancel(birth)
+        _restore(handlers)
+    return results
+
+
+def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+class _Birth(NamedTuple):
+    """A VM process that has not reported yet."""
+
+    name: str
+    pid: int
+    reader: int  # its report comes here
+
+
+def _fork(config: VmConfig, handlers: Mapping[signal.Signals, Any], mask: Iterable[int]) -> _Birth:
+    """Make a VM process, with these handlers and this mask of signals. Raises HostError."""
+    try:
+        reader, writer = os.pipe()
+    except OSError as err:
+        raise HostError(f"cannot start a process: {err.strerror}", vm=config.name) from err
     try:
         pid = os.fork()
     except OSError as err:  # too many processes, too little memory
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(reader)
-        os.close(writer)
         raise HostError(f"cannot start a process: {err.strerror}", vm=config.name) from err
-    if not pid:
-        _be_vm_process(config, writer, mask)
-    handlers = _leave_on_signals()
-    try:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        os.close(writer)
-        return _await_report(config.name, pid, reader)
-    except (KeyboardInterrupt, SystemExit):
-        _cancel(pid)
-        raise
+    else:
+        if not pid:
+            _restore(handlers)
+            _be_vm_process(config, writer, mask)
+        return _Birth(config.name, pid, reader)
     finally:
-        os.close(reader)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        os.close(writer)
 
 
 def _leave_on_signals() -> dict[signal.Signals, Any]:
@@ -133,26 +206,37 @@ def _leave(number: int, _frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def _await_report(name: str, pid: int, reader: int) -> Started:
-    """Wait for the child's report or its death, whichever is first."""
-    # The pidfd as well: a process that the child has forked may hold the pipe open.
-    pidfd = os.pidfd_open(pid)
+def _await_report(birth: _Birth) -> Started | PyvmError:
+    """Wait for a VM process's report or its death, whichever is first."""
+    # The pidfd as well: a process that the VM process has forked may hold the pipe open.
+    pidfd = os.pidfd_open(birth.pid)
     try:
-        select.select([reader, pidfd], [], [])
-        readable, _, _ = select.select([reader], [], [], 0)
-        report = os.read(reader, _REPORT_LIMIT) if readable else b""
+        _wait(None, birth.reader, pidfd)
+        report = os.read(birth.reader, _REPORT_LIMIT) if _wait(0, birth.reader) else b""
     finally:
         os.close(pidfd)
-    if not report:
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        survey.survey()  # tidies up after the dead
-        how = f"exit status {status}" if status >= 0 else f"killed by {_signal_name(-status)}"
-        raise HostError(f"VM process died during start: {how}", vm=name)
     text = report[1:].decode(errors="replace")
-    if report[0] == EXIT_DONE:
-        return Started(name, int(text), pid)
-    os.waitpid(pid, 0)
-    raise _ERRORS.get(report[0], HostError)(text)
+    if report[:1] == bytes([EXIT_DONE]):
+        result: Started | PyvmError = Started(birth.name, int(text), birth.pid)
+    else:
+        status = os.waitstatus_to_exitcode(os.waitpid(birth.pid, 0)[1])
+        cgroup.remove(birth.name)  # it may have come as far as that
+        if report:
+            result = _ERRORS.get(report[0], HostError)(text)
+        else:
+            survey.survey()  # tidies up after the dead
+            how = f"exit status {status}" if status >= 0 else f"killed by {_signal_name(-status)}"
+            result = HostError(f"VM process died during start: {how}", vm=birth.name)
+    os.close(birth.reader)
+    return result
+
+
+def _wait(seconds: float | None, *fds: int) -> bool:
+    """Wait until one can be read or has come to its end; False if that takes too long."""
+    poll = select.poll()  # with many VMs, descriptors are more than select(2) can have
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return bool(poll.poll(None if seconds is None else seconds * 1000))
 
 
 def _signal_name(number: int) -> str:
@@ -162,20 +246,44 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _cancel(pid: int) -> None:
+def _cancel(birth: _Birth) -> None:
     """End a VM process that has not reported yet; it tidies up by itself if it can."""
+    os.close(birth.reader)
     try:
-        pidfd = os.pidfd_open(pid)
+        pidfd = os.pidfd_open(birth.pid)
     except ProcessLookupError:  # reaped already
         return
     try:
         signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-        select.select([pidfd], [], [], CANCEL_SECONDS)
+        _wait(CANCEL_SECONDS, pidfd)
     finally:  # a second ^C does not wait
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)  # a zombie of ours is there for sure
         os.close(pidfd)
-        os.waitpid(pid, 0)
+        os.waitpid(birth.pid, 0)
         survey.survey()
+
+
+def _arrange_descriptors(config: VmConfig, writer: int) -> VmConfig:
+    """Keep `writer` as _REPORT_FD and the taps that vm.yaml names by descriptor, nothing else.
+
+    Returns the configuration with their new numbers. Raises HostError if one is not open.
+    """
+    taps, end = None, _REPORT_FD + 1
+    failure: HostError | None = None
+    if any(nic.tap.startswith("fd:") for nic in config.interfaces):
+        from vmm.net.inherited import Inherited  # for the few who have such taps
+
+        try:
+            taps = Inherited(config)
+        except HostError as err:  # which needs _REPORT_FD to be told
+            failure = err
+    os.dup2(writer, _REPORT_FD)
+    if taps:
+        config, end = taps.put(end)
+    os.closerange(end, os.sysconf("SC_OPEN_MAX"))
+    if failure:
+        raise failure
+    return config
 
 
 def _be_vm_process(config: VmConfig, writer: int, mask: Iterable[int]) -> NoReturn:
@@ -183,8 +291,7 @@ def _be_vm_process(config: VmConfig, writer: int, mask: Iterable[int]) -> NoRetu
     status, report = EXIT_FAILED, _Report(_REPORT_FD)
     try:
         # Nothing that the caller happens to have open, a lock file say, lives on with the VM.
-        os.dup2(writer, _REPORT_FD)
-        os.closerange(_REPORT_FD + 1, os.sysconf("SC_OPEN_MAX"))
+        config = _arrange_descriptors(config, writer)
         os.setsid()
         _leave_on_signals()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -92,6 +92,20 @@ def runtime_directory() -> Check:
     return Check("ok", root, value=root)
 
 
+def seabios() -> Check:
+    """The firmware that `boot: {firmware: seabios}` starts."""
+    from vmm import firmware  # no other check needs it
+
+    path = firmware.installed()
+    if not path:
+        return Check("warn", "no SeaBIOS (for boot.firmware)", firmware.REMEDY, "")
+    try:
+        firmware.open_firmware(path).close()
+    except PyvmError as err:
+        return Check("warn", err.what, firmware.REMEDY, "")
+    return Check("ok", path, value=path)
+
+
 CHECKS: Final[tuple[tuple[str, Callable[[], Check]], ...]] = (
     ("python", checks.python),
     ("kernel", checks.kernel),
@@ -101,7 +115,11 @@ CHECKS: Final[tuple[tuple[str, Callable[[], Check]], ...]] = (
     ("groups", groups),
     ("runtime_directory", runtime_directory),
     ("tun", lambda: checks.device("/dev/net/tun", "tun", "for network interfaces")),
+    ("nft", lambda: checks.program("nft", "nftables", "for 'nat: true'")),
+    ("passt", lambda: checks.program("passt", "passt", "for 'type: user'")),
+    ("net_admin", checks.net_admin),
     ("vhost_net", lambda: checks.device("/dev/vhost-net", "vhost_net", "for faster networking")),
+    ("seabios", seabios),
     ("landlock", checks.landlock),
     ("seccomp", checks.seccomp),
     ("user_namespaces", checks.user_namespaces),

@@ -83,6 +83,11 @@ class I8042:
             self._update()
         return typed
 
+    def keys_wait(self) -> bool:
+        """Tell whether the guest has yet to read what was typed."""
+        with self._lock:
+            return bool(self._keys)
+
     def read(self, offset: int, size: int) -> int:
         """Read the data port or the status; `size` is 1."""
         with self._lock:

@@ -91,6 +91,9 @@ class Interrupts:
         self._command = self._control_at = 0
         self._sources: dict[int, _Source] = {}
         self._gsis: list[int] = []  # of each vector
+        #: Called with whether the guest has MSI-X on, when that changes; no lock of ours is held.
+        self.on_msix: Callable[[bool], None] = lambda on: None
+        self._told = False
         self._msix: Msix | None = None
         self.resample_fd: int | None = None  # signalled at EOI; the device process watches it
         try:
@@ -199,6 +202,7 @@ class Interrupts:
                 source.drain()
             self._drive_line()
             self._router.forget(self._gsis)
+        self._tell_msix()
 
     def connect(self) -> None:
         """Wire up to a VM that has its interrupt chips."""
@@ -226,8 +230,14 @@ class Interrupts:
                 self._msix.set_control(self._function.read(self._control_at, 2))
             self._sync_all()
             switched_on = self._intx_on and not before
+        self._tell_msix()
         if switched_on and self._isr():
             self.notify(CONFIG)
+
+    def _tell_msix(self) -> None:
+        if self._told != self.msix_enabled:
+            self._told = self.msix_enabled
+            self.on_msix(self._told)
 
     def _show_status(self) -> None:
         """Make the interrupt status bit true, for the guest is about to read it."""

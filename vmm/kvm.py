@@ -43,6 +43,7 @@ REQUIRED: Final = (
     Cap.PIT2,
     Cap.SET_IDENTITY_MAP_ADDR,
     Cap.SIGNAL_MSI,
+    Cap.READONLY_MEM,
     Cap.IMMEDIATE_EXIT,
 )
 

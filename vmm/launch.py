@@ -76,11 +76,14 @@ class DeviceProcess:
 class Spawner:
     """The VM process's end of its spawner."""
 
-    def __init__(self, vm: str, jail: str, uid: int | None = None) -> None:
+    def __init__(
+        self, vm: str, jail: str, uid: int | None = None, *, queue_pairs: bool = False
+    ) -> None:
         """Fork it. Call this single-threaded, with no descriptor open that a device must not see.
 
         `jail` is vm.yaml's word: required, best-effort, off; `uid` is the user that this process
-        will be, if that changes. Raises HostError.
+        will be, if that changes; `queue_pairs`: a network device may have several processes.
+        Raises HostError.
         """
         channel, theirs = viodev.pair("spawner", LAUNCH_DEADLINE)
         try:
@@ -88,10 +91,11 @@ class Spawner:
         except OSError as err:
             raise HostError(f"cannot fork the spawner: {err.strerror}", vm=vm) from err
         if self.pid == 0:
-            _become_spawner(theirs, vm, jail, uid)
+            _become_spawner(theirs, vm, jail, uid, queue_pairs=queue_pairs)
         theirs.close()
         self._channel, self._vm = channel, vm
         self._processes: dict[int, DeviceProcess] = {}
+        self._loop: Loop | None = None
         #: Called on the loop's thread when a device process has ended unasked.
         self.on_death: Callable[[DeviceProcess], None] = lambda process: None
 
@@ -109,7 +113,7 @@ class Spawner:
             for name, fd in fds.items():
                 self._channel.send(ImsgType.FD, name.encode(), fd=fd)
             while (reply := self._channel.receive()).type == ImsgType.EXITED:
-                self._exited(reply)  # another one, meanwhile
+                self._later(reply)  # another one, meanwhile; whoever hears of it may launch, too
         except ChannelError as err:
             raise HostError(f"cannot launch {order.name}: {err.what}", vm=self._vm) from err
         finally:
@@ -143,9 +147,14 @@ class Spawner:
 
     def watch(self, loop: Loop) -> None:
         """Hear of deaths from now on."""
+        self._loop = loop
         loop.add(self._channel.fileno(), READ, partial(self._incoming, loop))
 
     def _incoming(self, loop: Loop, _events: int) -> None:
+        poll = select.poll()
+        poll.register(self._channel.fileno(), select.POLLIN)
+        if not poll.poll(0):
+            return  # launch() has taken it, in an earlier callback of the same round
         try:
             imsg = self._channel.receive()
         except ChannelError as err:
@@ -158,6 +167,12 @@ class Spawner:
             os.close(imsg.fd)
         if imsg.type == ImsgType.EXITED:
             self._exited(imsg)
+
+    def _later(self, imsg: Imsg) -> None:
+        if self._loop is None:
+            self._exited(imsg)
+        else:
+            self._loop.call(partial(self._exited, imsg))
 
     def _exited(self, imsg: Imsg) -> None:
         found = self._processes.get(imsg.peerid)
@@ -184,13 +199,15 @@ class Spawner:
         os.waitpid(self.pid, 0)
 
 
-def _become_spawner(sock: socket.socket, vm: str, jail: str, uid: int | None) -> None:
+def _become_spawner(
+    sock: socket.socket, vm: str, jail: str, uid: int | None, *, queue_pairs: bool
+) -> None:
     """Be the spawner; does not return. Only here does device code enter the VM side."""
     status = 1
     try:
         from devices import spawner  # not before the fork: the VM process never needs it
 
-        spawner.serve(sock, vm, jail, uid)
+        spawner.serve(sock, vm, jail, uid, queue_pairs=queue_pairs)
         status = 0
     finally:
         os._exit(status)

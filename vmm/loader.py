@@ -58,6 +58,7 @@ BOOT_TSS: Final = 0x20
 
 LONG: Final = "long"
 PROTECTED: Final = "protected"
+REAL: Final = "real"
 
 _GDT: Final = Struct("<6Q")
 _CODE64: Final = 0x00AF9B00_0000FFFF  # present, ring 0, execute/read, L=1
@@ -86,7 +87,8 @@ class Entry(NamedTuple):
 
     `mode` is "long" (64-bit, paging on, the first 4 GiB mapped to themselves), "protected"
     (32-bit, paging off) or "real". In the first two CS is BOOT_CS, the other segments are
-    BOOT_DS, TR is BOOT_TSS, all flat; interrupts are off; the GDT is in place at `gdt`.
+    BOOT_DS, TR is BOOT_TSS, all flat; interrupts are off; the GDT is in place at `gdt`. "real"
+    is a CPU out of reset: CS F000 with base 0xFFFF0000, all other fields of no account.
     """
 
     mode: str

@@ -14,6 +14,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from config.errors import HostError
+from devices.lines import printable, stamp
 from vmm import safefile
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ class Appender:
         return len(data) - done
 
     def _open(self) -> int:
-        return safefile.open_file(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        # A VM process's umask lets no group read it, unless one owns the VM.
+        return safefile.open_file(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, mode=0o640)
 
     def _rotate(self) -> None:
         try:
@@ -131,23 +133,6 @@ def warning(text: str, who: str = "") -> None:
 def error(text: str, who: str = "") -> None:
     """Log a fault of ours or of the host."""
     _emit("error", text, who)
-
-
-def printable(text: str) -> str:
-    """Return `text` with whatever could steer a terminal written as an escape."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else _escape(c) for c in text)
-
-
-def _escape(char: str) -> str:
-    return char.encode("unicode_escape").decode()
-
-
-def stamp() -> str:
-    """Return the time as RFC 3339 has it: UTC, to the millisecond."""
-    seconds, rest = divmod(time.time_ns(), 10**9)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest // 10**6:03}Z"
 
 
 def _line(level: str, text: str, who: str) -> bytes:
@@ -210,8 +195,13 @@ class Limited:
         self._buckets: dict[str, _Bucket] = {}
         self._all = _Bucket(burst * keys, seconds / keys, clock())
 
-    def warning(self, key: str, text: str, who: str = "") -> bool:
-        """Log `text` unless `key` has had its share; return whether it was logged."""
+    def warning(
+        self, key: str, text: str, who: str = "", level: Callable[[str, str], None] | None = None
+    ) -> bool:
+        """Log `text` unless `key` has had its share; return whether it was logged.
+
+        As a warning, unless `level` is another of this file's.
+        """
         similar = others = 0
         with self._lock:
             now = self._clock()
@@ -231,13 +221,15 @@ class Limited:
         if others:
             warning(f"{others} other warnings suppressed")
         if logged:
-            warning(text, who)
+            (level or warning)(text, who)
         return logged
 
 
 _limited = Limited()
 
 
-def limited(key: str, text: str, who: str = "") -> bool:
-    """Log a warning a guest or client can cause at will, at the default rate for `key`."""
-    return _limited.warning(key, text, who)
+def limited(
+    key: str, text: str, who: str = "", level: Callable[[str, str], None] | None = None
+) -> bool:
+    """Log what a guest or client can cause at will, at the default rate for `key`."""
+    return _limited.warning(key, text, who, level)

@@ -15,14 +15,16 @@ from vmm.coalesced import CoalescedPort
 from vmm.irq import Router
 from vmm.kvm import System, Vm
 from vmm.kvmabi import Cap, Exit
-from vmm.pci import intx_gsi
 from vmm.vcpu import Exits, Gate, VcpuThread, catch_kick
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from config.errors import KvmError
     from config.model import VmConfig
     from devices.loop import Loop
-    from vmm.boot import BootImages
+    from vmm.boot import BootImages, Entry
+    from vmm.firmware import Firmware
 
 ACPI_TABLES = 0xE0000  # between the option ROMs and the end of the first MiB
 
@@ -52,7 +54,9 @@ class Owner(Protocol):
 class Machine:
     """One PC. Built once; power_on() and power_off() alternate, a reset is one of each."""
 
-    def __init__(self, config: VmConfig, images: BootImages, loop: Loop, owner: Owner) -> None:
+    def __init__(
+        self, config: VmConfig, images: BootImages | Firmware, loop: Loop, owner: Owner
+    ) -> None:
         """Take what the machine needs from the host. Raises ConfigError, HostError, KvmError."""
         self.config, self._images = config, images
         catch_kick()
@@ -87,6 +91,8 @@ class Machine:
         self.ioeventfds = wanted and bool(able(Cap.IOEVENTFD))
         self.irqfds = wanted and bool(able(Cap.IRQFD) and able(Cap.IRQFD_RESAMPLE))
         self.first_run = 0.0  # CLOCK_MONOTONIC
+        #: Called on the loop's thread while that waits for a vCPU, which may wait for a device.
+        self.meanwhile: Callable[[], object] = lambda: None
         self._gate = Gate()
         self._vcpus: list[VcpuThread] = []
         self._counts: dict[str, int] = {}
@@ -96,11 +102,7 @@ class Machine:
         count = self.config.vcpus
         self.vm.create_chips()
         self.ram.plug_into(self.vm)
-        tables = acpi.build(count, intx_gsi, base_gpa=ACPI_TABLES)
-        self.ram.memory.write(ACPI_TABLES, tables.blob)
-        self.ram.memory.write(mptable.ADDRESS, mptable.build(count, intx_gsi))
-        ranges = memory.e820(self.config.memory)
-        entry = boot.load(self.ram.memory, ranges, self._images, ACPI_TABLES)
+        entry = self._load()
         supported = self._system.supported_cpuid()
         deadline = bool(self._system.capability(Cap.TSC_DEADLINE_TIMER))
         self._gate = Gate()
@@ -116,6 +118,16 @@ class Machine:
         for thread in self._vcpus:
             thread.start()
 
+    def _load(self) -> Entry:
+        """Put into memory what the guest starts from, by kernel or by firmware."""
+        ram, pci, count = self.ram.memory, self.board.pci, self.config.vcpus
+        if not isinstance(self._images, boot.BootImages):
+            return self._images.power_on(self.config, self.vm, ram, self.board)
+        tables = acpi.build(count, pci.intx_gsi, base_gpa=ACPI_TABLES)
+        ram.write(ACPI_TABLES, tables.blob)
+        ram.write(mptable.ADDRESS, mptable.build(count, pci.intx_gsi))
+        return boot.load(ram, memory.e820(self.config.memory), self._images, ACPI_TABLES)
+
     def resume(self) -> None:
         """Let the vCPUs run."""
         self.first_run = self.first_run or time.monotonic()
@@ -127,13 +139,12 @@ class Machine:
         """Park every vCPU; returns once none runs. Raises HostError if one does not come."""
         self._gate.set(Gate.Mode.PARK)
         self._poke()
-        if not self._gate.all_parked(len(self._vcpus)):
+        if not self._gate.all_parked(len(self._vcpus), self.meanwhile):
             raise HostError("a vCPU does not stop", vm=self.config.name)
 
     def power_off(self) -> None:
         """End the vCPUs and forget the guest's state; RAM keeps its bytes, as on a real reset."""
-        self._end_vcpus()
-        self.board.reset()
+        self.halt()
         self.vm.renew()
 
     def poke(self) -> None:
@@ -148,10 +159,14 @@ class Machine:
             self._count(thread, total)
         return total
 
-    def close(self) -> None:
-        """Give everything back to the host."""
+    def halt(self) -> None:
+        """End the vCPUs and quieten the devices, which may be closed then."""
         self._end_vcpus()
         self.board.reset()
+
+    def close(self) -> None:
+        """Give everything back to the host."""
+        self.halt()
         self.vm.close()
         self.ram.close()
         self._system.close()

@@ -17,20 +17,24 @@ class Owner(NamedTuple):
     gid: int | None
 
 
-def resolve(words: str) -> Owner:
+def resolve(words: str, vm: str = "") -> Owner:
     """Return who `user`, `user:group` or `:group` is; "" is this process's user.
 
-    Numbers stand for themselves. Raises HostError for a name that this host does not know.
+    Numbers stand for themselves. Raises HostError, naming the VM, for a name that this host does
+    not know.
     """
     user, _, group = words.partition(":")
     uid, gid = os.geteuid(), None
+    unknown, tool = f"user '{user}'", "useradd"
     try:
         if user:
             uid = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
+        unknown, tool = f"group '{group}'", "groupadd"
         if group:
             gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
     except KeyError:
-        raise HostError(f"owner '{words}': no such user or group on this host") from None
+        hint = f"{tool} makes one; a number needs no name"
+        raise HostError(f"owner '{words}': no {unknown} on this host", vm=vm, hint=hint) from None
     return Owner(uid, gid)
 
 

@@ -30,7 +30,7 @@ from vmm.memory import PCI_WINDOW, PCI_WINDOW_END
 from vmm.pcifunc import Header, PciFunction
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Sequence
 
     from vmm.bus import Bus, Handler
     from vmm.pcifunc import Bar
@@ -50,11 +50,14 @@ IO_END: Final = 0x10000
 
 # INTA of slot n leads to a legacy interrupt nobody else needs; the DSDT's _PRT says the same.
 INTX_GSIS: Final = (5, 10, 11, 7, 3, 12, 14, 15, 6)
+# Where SeaBIOS believes that it leads: on an i440FX it works this out instead of asking, and puts
+# it into each function's interrupt line and into the MP table that it makes (src/fw/pciinit.c).
+SEABIOS_GSIS: Final = (10, 10, 11, 11)
 
 
-def intx_gsi(slot: int) -> int:
-    """Return the GSI of slot 1…31's INTA pin; slots share when there are more than nine."""
-    return INTX_GSIS[(slot - 1) % len(INTX_GSIS)]
+def intx_gsi(slot: int, gsis: Sequence[int] = INTX_GSIS) -> int:
+    """Return the GSI of slot 1…31's INTA pin; slots share when there are more than `gsis`."""
+    return gsis[(slot - 1) % len(gsis)]
 
 
 class Space(NamedTuple):
@@ -70,24 +73,20 @@ class HostBridge(PciFunction):
     """Slot 0: an 82441FX (i440FX), told apart from real ones by its subsystem ids.
 
     Firmware copies itself to RAM at 0xC0000–0xFFFFF and asks for that memory through the PAM
-    registers: per segment bit 0 (and 4) send reads to RAM, bit 1 (and 5) writes. They are stored;
-    `on_pam(index, value)` hears of each one that was written (82441FX data sheet, PAM[6:0]).
+    registers: per segment bit 0 (and 4) send reads to RAM, bit 1 (and 5) writes (82441FX data
+    sheet, PAM[6:0]). They are stored and change nothing: all of it is RAM at all times, and
+    `vmm.firmware` puts a copy of the ROM there at power-on. They read 0 then, "not RAM yet",
+    so SeaBIOS copies itself from below 4 GiB, which is right for an image of any size.
     """
 
     PAM0: Final = 0x59
     NR_PAM: Final = 7
 
-    def __init__(self, on_pam: Callable[[int, int], None] | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__(
             "hostbridge", 0x8086, 0x1237, 0x060000, revision=2, subsystem=(0x1AF4, 0x1100)
         )
         self.declare(self.PAM0, self.NR_PAM, 0, (1 << 8 * self.NR_PAM) - 1)
-        if on_pam is not None:
-            for index in range(self.NR_PAM):
-                self.watch(self.PAM0 + index, 1, after_write=self._teller(index, on_pam))
-
-    def _teller(self, index: int, on_pam: Callable[[int, int], None]) -> Callable[[], None]:
-        return lambda: on_pam(index, self.read(self.PAM0 + index, 1))
 
 
 class PciBus:
@@ -98,18 +97,20 @@ class PciBus:
         pio: Bus,
         mmio: Bus,
         reset_control: Handler | None = None,
-        on_pam: Callable[[int, int], None] | None = None,
+        gsis: Sequence[int] = INTX_GSIS,
     ) -> None:
         """Claim ports 0xCF8–0xCFF and put the host bridge into slot 0.
 
-        `reset_control` gets byte accesses to port 0xCF9, as its offset 0.
+        `reset_control` gets byte accesses to port 0xCF9, as its offset 0; `gsis` are where the
+        slots' INTA pins lead, over and over from slot 1 on.
         """
         self.lock = threading.Lock()
         self._io = Space(pio, IO_START, IO_END, 4)
         self._memory = Space(mmio, PCI_WINDOW, PCI_WINDOW_END, 8)
         self._functions: dict[int, PciFunction] = {}
         self._homes: dict[Bar, int] = {}  # where each BAR is at power-on
-        self.add(HostBridge(on_pam), 0)
+        self._gsis = gsis
+        self.add(HostBridge(), 0)
         self._ports = ConfigPorts(self, reset_control)
         pio.claim(CONFIG_ADDRESS, 8, self._ports, "PCI configuration")
 
@@ -144,6 +145,14 @@ class PciBus:
     def function(self, slot: int) -> PciFunction | None:
         """Return what is in `slot`."""
         return self._functions.get(slot)
+
+    def functions(self) -> list[tuple[int, PciFunction]]:
+        """Return every slot that is taken with its function, in order."""
+        return sorted(self._functions.items())
+
+    def intx_gsi(self, slot: int) -> int:
+        """Return the GSI of slot 1…31's INTA pin."""
+        return intx_gsi(slot, self._gsis)
 
     def reset(self) -> None:
         """Return every function to power-on: nothing decodes, nothing interrupts.

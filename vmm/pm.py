@@ -81,6 +81,11 @@ class Pm:
             self._update()
             return bool(self._enable & PWRBTN)
 
+    def button_waits(self) -> bool:
+        """Tell whether the guest has yet to take note of the power button."""
+        with self._lock:
+            return bool(self._status & PWRBTN)
+
     def read(self, offset: int, size: int) -> int:
         """Read any registers in one access of up to 8 bytes."""
         timer = self._ticks() & 0xFFFFFF

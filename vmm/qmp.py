@@ -66,6 +66,11 @@ class Framer:
         """Append input. Call next() until it gives None before feeding much more."""
         self._buffer += data
 
+    @property
+    def empty(self) -> bool:
+        """Whether no text has begun."""
+        return not self._buffer
+
     def next(self) -> bytes | None:
         """Return the next text, which need not be valid JSON, or None if it is not all there.
 

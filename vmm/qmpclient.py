@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 from config.errors import HostError, NoSuchVmError
-from vmm import log, sockets
+from devices.lines import printable
+from vmm import sockets
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Iterator
 
 TIMEOUT: Final = 10.0  # seconds for an answer, unless the caller says otherwise
@@ -43,6 +44,8 @@ class QmpClient:
         self._looked = 0  # bytes of _buffer known to hold no line end
         self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
         self._serial = 0
+        self._passed = -1  # descriptor to send with the next command
+        self.gone = False  # the VM has hung up
         self._socket = self._connect(path)
         try:
             self.greeting = self._greeting()
@@ -61,6 +64,11 @@ class QmpClient:
         """Hang up."""
         self._socket.close()
 
+    def pass_fd(self, name: str, fd: int) -> None:
+        """Hand the VM a copy of `fd`, for a command that calls it `name`. Raises as call()."""
+        self._passed = fd
+        self.call("getfd", fdname=name)
+
     def call(self, name: str, /, **arguments: Any) -> Any:
         """Run one command and return its result.
 
@@ -75,8 +83,7 @@ class QmpClient:
             try:
                 message = self._message(deadline)
             except TimeoutError:
-                what = f"no answer to {name} within {self.timeout:g} s"
-                raise HostError(what, vm=self.name) from None
+                raise self._stuck(f"no answer to {name} within {self.timeout:g} s") from None
             if "event" in message:
                 self._events.append(message)
             elif message.get("id") != self._serial:
@@ -115,7 +122,7 @@ class QmpClient:
             greeting = self._message(time.monotonic() + self.timeout)
         except TimeoutError:
             what = f"the control socket is silent for {self.timeout:g} s"
-            raise HostError(what, vm=self.name) from None
+            raise self._stuck(what) from None
         if "error" in greeting:
             raise self._refused(greeting["error"])
         if "QMP" not in greeting:
@@ -124,7 +131,10 @@ class QmpClient:
 
     def _send(self, data: bytes) -> None:
         self._socket.settimeout(self.timeout)
+        fd, self._passed = self._passed, -1
         try:
+            if fd >= 0:  # it travels with the first bytes
+                data = data[socket.send_fds(self._socket, [data], [fd]) :]
             self._socket.sendall(data)
         except OSError as err:
             raise GoneError(f"the control connection broke: {err}", vm=self.name) from err
@@ -162,12 +172,18 @@ class QmpClient:
         except OSError:
             data = b""
         if not data:
+            self.gone = True
             raise GoneError("the VM closed the control connection", vm=self.name)
         self._buffer += data
 
+    def _stuck(self, what: str) -> HostError:
+        return HostError(
+            what, vm=self.name, hint=f"'pyvmctl kill {self.name}' ends it all the same"
+        )
+
     def _refused(self, error: Any) -> CommandError:
         told = error if isinstance(error, dict) else {}
-        what = log.printable(str(told.get("desc", "refused without a reason")))
+        what = printable(str(told.get("desc", "refused without a reason")))
         return CommandError(what, str(told.get("class", "GenericError")), self.name)
 
     def _nonsense(self) -> HostError:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from config.errors import PyvmError
-from vmm import log, qmp
-from vmm.sockets import Stream
+from devices import passing
+from vmm import log, qmp, qmpfds
+from vmm.sockets import READ_SIZE, Stream
 
 if TYPE_CHECKING:
     import socket
@@ -70,6 +71,7 @@ class Session(Stream):
         self._due = False  # a round of _serve() is on its way
         self._later: Later | None = None  # the command whose result is awaited
         self.negotiated = False
+        self.descriptors = qmpfds.Descriptors()
         self.send(qmp.greeting())
 
     def received(self, data: bytes) -> None:
@@ -103,7 +105,14 @@ class Session(Stream):
     def close(self) -> None:
         """Drop the client."""
         super().close()
+        self.descriptors.close()
         self._gone(self)
+
+    def _take(self) -> bytes:
+        """Read once, also descriptors, which are for a getfd among these bytes."""
+        data, fds, more = passing.receive(self._sock, READ_SIZE, qmpfds.BATCH)
+        self.descriptors.arrive(fds, more=more)
+        return data
 
     def _waits(self) -> bool:
         return self._later is not None or self.queued > OUTPUT_PAUSE
@@ -115,6 +124,8 @@ class Session(Stream):
             if self.closed or self._waits():
                 break
             if not self._serve_one():
+                if self._framer.empty:
+                    self.descriptors.drop()  # nobody asked for what came
                 self.read(True)
                 if self.eof:
                     self.ended()

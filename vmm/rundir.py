@@ -8,6 +8,7 @@
     vm.json       the configuration in effect
     log           console.log, each with one older .1
     exit.json     how the last run ended
+    net           if something of its network is to be cleared away after it
 
 A VM that dies without a word leaves pid and sockets behind. Whoever looks next (`survey`), or
 starts it again, finds the lock free, removes them and writes down that it crashed.
@@ -18,10 +19,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
 import time
 from typing import TYPE_CHECKING, Any, Final
 
 from config.errors import HostError
+from devices.lines import stamp
 from vmm import log, runroot, safefile, sockets
 from vmm.owner import Owner
 
@@ -31,10 +34,12 @@ if TYPE_CHECKING:
 
 CONTROL: Final = "control.sock"
 CONSOLE: Final = "console.sock"
+NETWORK: Final = "net"  # there as long as bridges or rules are to be cleared away after it
 CRASHED: Final = "crashed"  # "reason" in an exit.json that the VM did not write itself
 
 LOCK_TRIES: Final = 10  # a survey holds a dead VM's lock for microseconds: try again
 LOCK_PAUSE: Final = 0.01  # seconds between tries
+CLEARING_TRIES: Final = 1000  # while the network of one that was killed is cleared away
 
 _RUNNING_FILES: Final = ("pid", CONTROL, CONSOLE)
 _LASTING_FILES: Final = ("vm.json", "log", "log.1", "console.log", "console.log.1", "exit.json")
@@ -52,6 +57,7 @@ class RunDir:
         self.name, self.path = name, f"{root()}/{name}"
         self.owner = owner or Owner(os.geteuid(), None)
         self.permitted = sockets.owner_only(*self.owner)  # who may use the sockets
+        self._mode = 0o600  # of files
         self.id = 0  # known once taken
         self._dir = self._lock = -1
         self._fresh = False  # nothing of an earlier run is here
@@ -66,18 +72,23 @@ class RunDir:
         """The path of what the guest printed."""
         return f"{self.path}/console.log"
 
+    @property
+    def lock_fd(self) -> int:
+        """The lock, once taken; a process that has inherited it holds the VM."""
+        return self._lock
+
+    @property
+    def dir_fd(self) -> int:
+        """The directory, once taken."""
+        return self._dir
+
     def take(self) -> None:
         """Make the VM ours until every process that has inherited the lock has ended or let go.
 
         Cleans up after a run that crashed. Raises HostError, naming the process that has the VM.
         """
         try:
-            for _ in range(LOCK_TRIES):
-                if self._try_lock():
-                    break
-                time.sleep(LOCK_PAUSE)
-            else:
-                raise HostError(self._held())
+            self._lock_it()
             try:
                 self._fresh = set(os.listdir(self._dir)) <= {"lock"}
                 clean(self._dir)
@@ -103,29 +114,35 @@ class RunDir:
         `config` becomes vm.json. Raises HostError.
         """
         try:
-            safefile.write_json("vm.json", dict(config), self._dir)
+            safefile.write_json("vm.json", dict(config), self._dir, self._mode)
             self._write_pid()
         except OSError as err:
             raise HostError(f"cannot write to {self.path}: {err.strerror}") from err
         safefile.remove("exit.json", self._dir)
 
     def give(self, uid: int, gid: int | None = None) -> None:
-        """Let user `uid` and members of group `gid` use the VM. Only root can. Raises OSError."""
+        """Let user `uid` and members of group `gid` use the VM. Only root can. Raises OSError.
+
+        Members may connect to the sockets and read the files.
+        """
         group = -1 if gid is None else gid
+        if gid is not None:
+            self._mode = 0o640
         for name in (*_RUNNING_FILES, *_LASTING_FILES, "lock"):
             with contextlib.suppress(FileNotFoundError):
                 os.chown(name, uid, group, dir_fd=self._dir, follow_symlinks=False)
-                if gid is not None and name in (CONTROL, CONSOLE):
-                    os.chmod(name, 0o660, dir_fd=self._dir)
+                if gid is not None:
+                    mode = 0o660 if name in (CONTROL, CONSOLE) else self._mode
+                    os.chmod(name, mode, dir_fd=self._dir)
         os.fchmod(self._dir, 0o700 if gid is None else 0o750)
         os.fchown(self._dir, uid, group)  # last: from now on the owner can move files in it
         self.permitted = sockets.owner_only(uid, gid)
 
     def write_exit(self, facts: Mapping[str, Any]) -> None:
         """Write down how this run ended: "reason", "status" and what else helps. Never raises."""
-        note = {**facts, "pid": os.getpid(), "time": log.stamp()}
+        note = {**facts, "pid": os.getpid(), "time": stamp()}
         try:
-            safefile.write_json("exit.json", note, self._dir)
+            safefile.write_json("exit.json", note, self._dir, self._mode)
         except OSError as err:
             log.error(f"cannot write exit.json: {err.strerror}")
 
@@ -145,6 +162,20 @@ class RunDir:
                 os.rmdir(self.path)
         self.leave()
 
+    def erase(self) -> None:
+        """Remove all that is left of a VM that does not run. Raises HostError."""
+        try:
+            self._lock_it()
+        except OSError as err:
+            raise HostError(f"cannot remove {self.path}: {err.strerror}") from err
+        try:
+            runroot.forget_id(self.name)
+        except HostError:
+            self.leave()
+            raise
+        self._fresh = True
+        self.discard()
+
     def leave(self) -> None:
         """Let go in this process only; the VM process it has forked keeps lock and files."""
         for fd in (self._lock, self._dir):
@@ -159,7 +190,17 @@ class RunDir:
             raise HostError(f"cannot listen on {self.path}/{name}: {err.strerror}") from err
 
     def _write_pid(self) -> None:
-        safefile.write_file("pid", b"%d\n" % os.getpid(), self._dir)
+        safefile.write_file("pid", b"%d\n" % os.getpid(), self._dir, self._mode)
+
+    def _lock_it(self) -> None:
+        """Lock the VM. Raises OSError, HostError."""
+        for tried in range(CLEARING_TRIES):
+            if self._try_lock():
+                return
+            if tried >= LOCK_TRIES and not self._clearing():
+                break
+            time.sleep(LOCK_PAUSE)
+        raise self._held()
 
     def _try_lock(self) -> bool:
         """Open the directory, made if need be, and lock it. Raises OSError, HostError."""
@@ -185,18 +226,48 @@ class RunDir:
         self.leave()
         return False
 
-    def _held(self) -> str:
+    def _clearing(self) -> bool:
+        """Whether who has the VM only clears away after it, or has just done so.
+
+        The note of a network is removed a moment before the lock is free; its absence means nothing
+        as long as the process that is named has ended.
+        """
+        pid, names = self._look()
+        return _ended(pid) if pid else NETWORK in names
+
+    def _held(self) -> HostError:
         """Say who has the VM."""
+        pid, _ = self._look()
+        if pid:
+            what = f"VM {self.name} is already running (pid {pid})"
+            return HostError(what, hint=f"'pyvmctl stop {self.name}' stops it")
+        what = f"VM {self.name} is being started or ended by another process"
+        return HostError(what, hint="try again in a moment")
+
+    def _look(self) -> tuple[int, list[str]]:
+        """Return the number in the pid file and what files there are, without the lock."""
         root_fd = runroot.open_root()
         try:
             dir_fd = safefile.open_dir(self.name, root_fd)
-            pid = read_pid(dir_fd)
-            os.close(dir_fd)
+            try:
+                return read_pid(dir_fd), os.listdir(dir_fd)
+            finally:
+                os.close(dir_fd)
         finally:
             os.close(root_fd)
-        if pid:
-            return f"VM {self.name} is already running (pid {pid})"
-        return f"VM {self.name} is being started or ended by another process"
+
+
+def _ended(pid: int) -> bool:
+    """Whether a process has ended, also if nobody has asked how yet."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:  # there is none
+        return True
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    ended = bool(poll.poll(0))
+    os.close(pidfd)
+    return ended
 
 
 def read_pid(dir_fd: int) -> int:
@@ -213,7 +284,13 @@ def clean(dir_fd: int) -> None:
     pid = read_pid(dir_fd)
     if pid and safefile.read_json("exit.json", dir_fd).get("pid") != pid:
         detail = f"VM process {pid} ended without a word: killed, or a fault of its own"
-        note = {"reason": CRASHED, "detail": detail, "status": 1, "pid": pid, "time": log.stamp()}
+        note = {"reason": CRASHED, "detail": detail, "status": 1, "pid": pid, "time": stamp()}
         safefile.write_json("exit.json", note, dir_fd)
     for name in _RUNNING_FILES:
         safefile.remove(name, dir_fd)
+    if NETWORK in os.listdir(dir_fd):
+        from vmm.net import keeper  # only after a kill of all who would have done it
+
+        with contextlib.suppress(HostError):  # it takes root: then the next one tries
+            keeper.sweep()
+            safefile.remove(NETWORK, dir_fd)

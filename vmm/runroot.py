@@ -9,11 +9,16 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
-from typing import Final
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
 
 from config.errors import HostError
 from vmm import safefile
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SYSTEM: Final = "/run/pyvmd"  # root's; others find there what they may use
 NAME_LIMIT: Final = 64  # characters in a VM's name
 
 _NAME_CHARS: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
@@ -37,7 +42,7 @@ def _root() -> tuple[str, int]:
         return os.path.realpath(chosen), 0o002
     uid = os.geteuid()
     if uid == 0:
-        return "/run/pyvmd", 0o022
+        return SYSTEM, 0o022
     if session := os.environ.get("XDG_RUNTIME_DIR"):
         return os.path.join(os.path.realpath(session), "pyvmd"), 0o022
     return f"/tmp/pyvmd-{uid}", 0o077  # noqa: S108  anyone can make it first: open_root() checks
@@ -79,8 +84,41 @@ def _unusable(path: str, why: str) -> HostError:
     return HostError(f"cannot use runtime directory {path}: {why}", hint=hint)
 
 
+def open_shared() -> int:
+    """Return a descriptor of root's directory, where a user may have VMs that root has started.
+
+    Raises FileNotFoundError if there is none that can be trusted, if this is root, or if
+    PYVMD_RUNTIME_DIR says where to look.
+    """
+    if os.geteuid() and not os.environ.get("PYVMD_RUNTIME_DIR"):
+        try:
+            fd = safefile.open_dir(SYSTEM)
+        except OSError as err:
+            raise FileNotFoundError(SYSTEM) from err
+        status = os.fstat(fd)
+        if status.st_uid == 0 and not status.st_mode & 0o022:
+            return fd
+        os.close(fd)
+    raise FileNotFoundError(SYSTEM)
+
+
 def vm_id(name: str) -> int:
     """Return the small number of a VM, given on the first call and kept. Raises HostError."""
+    with _locked_ids(name) as ids:
+        if name not in ids:
+            ids[name] = max(ids.values(), default=0) + 1
+        return ids[name]
+
+
+def forget_id(name: str) -> None:
+    """Let the number of a VM go. Raises HostError."""
+    with _locked_ids(name) as ids:
+        ids.pop(name, None)
+
+
+@contextmanager
+def _locked_ids(name: str) -> Iterator[dict[str, int]]:
+    """Give the numbers of all VMs, to be changed for VM `name`. Raises HostError."""
     root_fd = open_root(create=True)
     try:
         # A file of mode 0600, not the directory: everyone may lock what everyone may open.
@@ -88,10 +126,11 @@ def vm_id(name: str) -> int:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             ids = read_ids(root_fd)
-            if name not in ids:
-                ids[name] = max(ids.values(), default=0) + 1
-                safefile.write_json(_IDS, dict(ids), root_fd)
-            return ids[name]
+            before = dict(ids)
+            yield ids
+            if ids != before:
+                # Whoever may pass through root's directory may know its VMs' numbers.
+                safefile.write_json(_IDS, dict(ids), root_fd, 0o644)
         finally:
             os.close(lock)
     except OSError as err:

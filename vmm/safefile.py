@@ -54,6 +54,9 @@ def write_file(name: str, data: bytes, dir_fd: int, mode: int = 0o600) -> None:
     remove(draft, dir_fd)  # left by a process of the same id that was killed
     fd = open_file(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, dir_fd, mode)
     try:
+        # The umask may have taken something. A jailed process cannot change modes: its umask fits.
+        if stat.S_IMODE(os.fstat(fd).st_mode) != mode:
+            os.fchmod(fd, mode)
         while data:
             data = data[os.write(fd, data) :]
         os.rename(draft, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
@@ -76,9 +79,9 @@ def read_json(name: str, dir_fd: int) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def write_json(name: str, value: dict[str, Any], dir_fd: int) -> None:
+def write_json(name: str, value: dict[str, Any], dir_fd: int, mode: int = 0o600) -> None:
     """Put a JSON object in place in one step. Raises OSError."""
-    write_file(name, json.dumps(value, indent=1).encode() + b"\n", dir_fd)
+    write_file(name, json.dumps(value, indent=1).encode() + b"\n", dir_fd, mode)
 
 
 def remove(name: str, dir_fd: int) -> None:

@@ -14,13 +14,14 @@ import select
 import socket
 import struct
 import time
-from typing import TYPE_CHECKING, Final, NamedTuple
+from collections import Counter
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from devices.loop import READ, WRITE
 from vmm import log, safefile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Hashable, Iterable, Mapping
 
     from devices.loop import Loop
 
@@ -33,6 +34,7 @@ FLUSH_TIME: Final = 0.5  # seconds that all clients together get for the last wo
 _SO_PEERGROUPS: Final = 59  # socket(7); not in Python's socket module
 _UCRED: Final = struct.Struct("iII")
 _HANGUP: Final = select.EPOLLHUP | select.EPOLLERR
+_Client = TypeVar("_Client")
 
 
 class Peer(NamedTuple):
@@ -65,6 +67,23 @@ def owner_only(uid: int, gid: int | None = None) -> Callable[[Peer], bool]:
         return gid is not None and (peer.gid == gid or gid in peer.groups)
 
     return permitted
+
+
+def leaver(clients: Mapping[_Client, Peer], newcomer: Peer) -> _Client | None:
+    """Return who leaves a full house for a newcomer: the oldest of the user who has most places.
+
+    If that is the newcomer's own user, the oldest of the process that has most. None if that is
+    the newcomer, too, or if nobody has more than one. So one that takes all there is keeps out
+    no other user, and no other process.
+    """
+    kinds: tuple[Callable[[Peer], Hashable], ...] = (lambda peer: peer.uid, lambda peer: peer.pid)
+    for kind in kinds:
+        counts = Counter(kind(peer) for peer in clients.values())
+        # Not most_common(), which imports heapq: a VM process in its jail can import nothing.
+        most, places = max(counts.items(), key=lambda row: row[1])
+        if places > 1 and kind(newcomer) != most:
+            return next(client for client, peer in clients.items() if kind(peer) == most)
+    return None
 
 
 def listen(name: str, dir_fd: int, mode: int = 0o600) -> socket.socket:
@@ -177,7 +196,7 @@ class Stream:
 
     def _receive(self) -> None:
         try:
-            data = self._sock.recv(READ_SIZE)
+            data = self._take()
         except BlockingIOError:
             return
         except OSError:
@@ -188,6 +207,10 @@ class Stream:
         self.eof = True
         self._watch()
         self.ended()
+
+    def _take(self) -> bytes:
+        """Read once. Descriptors that come along are closed by the kernel. Raises OSError."""
+        return self._sock.recv(READ_SIZE)
 
     def _flush(self) -> None:
         try:
@@ -239,7 +262,7 @@ class Listener:
         sock: socket.socket,
         *,
         permitted: Callable[[Peer], bool],
-        welcome: Callable[[socket.socket], None],
+        welcome: Callable[[socket.socket, Peer], None],
         refusal: Callable[[str], bytes],
         who: str,
     ) -> None:
@@ -273,7 +296,7 @@ class Listener:
                 return
             peer = peer_of(sock)
             if self._permitted(peer):
-                self._welcome(sock)
+                self._welcome(sock, peer)
             else:
                 what = f"uid {peer.uid} (process {peer.pid}) was refused"
                 log.limited(f"{self._who} peer", what, self._who)

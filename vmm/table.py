@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from config.errors import PyvmError
-from vmm.log import printable
+from devices.lines import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -14,7 +14,7 @@ from config.errors import ConfigError
 from vmm.table import tell
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from config.errors import PyvmError
 
@@ -37,6 +37,7 @@ class Verb(NamedTuple):
     run: Callable[[Any], int]  # takes the parsed arguments, returns the exit status
     example: str
     details: str = ""  # what --help says beyond the summary
+    actions: Mapping[str, Verb] = {}  # what its first word chooses from; "" for a plain verb
 
 
 def verbs(*declared: Verb) -> dict[str, Verb]:
@@ -44,7 +45,55 @@ def verbs(*declared: Verb) -> dict[str, Verb]:
     return {verb.name: verb for verb in declared}
 
 
+def group(name: str, summary: str, details: str, actions: dict[str, Verb]) -> Verb:
+    """Return a verb whose first word is one of `actions`, named `name` and that word."""
+
+    def run(_options: Any) -> int:
+        raise UsageError(f"{name}: which action?", hint=f"one of {', '.join(actions)}")
+
+    return Verb(
+        name=name,
+        summary=summary,
+        arguments=lambda to: None,
+        run=run,
+        example="\n".join(action.example.split("\n")[0] for action in actions.values()),
+        details=details,
+        actions=actions,
+    )
+
+
+def choose(verb: Verb, words: list[str]) -> tuple[Verb, list[str]]:
+    """Return which action of a group `words` begin with, if any, and what is left of them.
+
+    An action may be shortened as a verb may. Raises UsageError.
+    """
+    if not verb.actions or not words or words[0].startswith("-"):
+        return verb, words
+    word, *rest = words
+    found = [word] if word in verb.actions else [a for a in verb.actions if a.startswith(word)]
+    if len(found) == 1:
+        return verb.actions[found[0]], rest
+    what = f"{word!r} is ambiguous: {', '.join(found)}" if found else f"no action {word!r}"
+    raise UsageError(f"{verb.name}: {what}", hint=f"see '{PROGRAM} {verb.name} --help'")
+
+
+class _Plain(str):
+    """A word that is no option, whatever it begins with."""
+
+
 class _Parser(argparse.ArgumentParser):
+    def parse_words(self, words: Sequence[str]) -> argparse.Namespace:
+        """Parse options and names in any order; what follows `--` is names. Raises UsageError.
+
+        argparse itself loses a `--` when options and names mix.
+        """
+        end = words.index("--") if "--" in words else len(words)
+        names = [_Plain(word) for word in words[end + 1 :]]
+        return self.parse_intermixed_args([*words[:end], *names])
+
+    def _parse_optional(self, arg_string: str) -> Any:
+        return None if isinstance(arg_string, _Plain) else super()._parse_optional(arg_string)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"see '{self.prog} --help'")
 
@@ -57,13 +106,25 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, width=int(columns) if columns.isdecimal() else _WIDTH)
 
 
-def parser(verb: Verb) -> argparse.ArgumentParser:
+def _details(verb: Verb) -> str:
+    """Return what --help says beyond the summary, a group's actions first."""
+    if not verb.actions:
+        return verb.details
+    width = max(8, *map(len, verb.actions))
+    rows = [f"  {word:<{width}} {action.summary}" for word, action in verb.actions.items()]
+    told = ["", f"'{PROGRAM} {verb.name} ACTION --help' explains an action."]
+    return "\n".join(["actions:", *rows, *told, *(("", verb.details) if verb.details else ())])
+
+
+def parser(verb: Verb) -> _Parser:
     """Build the parser of one verb. Parsing raises UsageError."""
     text = verb.summary[0].upper() + verb.summary[1:] + "."
+    details = _details(verb)
     indented = "\n".join(f"  {line}" for line in verb.example.splitlines())
     made = _Parser(
         prog=f"{PROGRAM} {verb.name}",
-        description=f"{text}\n\n{verb.details}" if verb.details else text,
+        usage=f"{PROGRAM} {verb.name} ACTION [ARGUMENT...]" if verb.actions else None,
+        description=f"{text}\n\n{details}" if details else text,
         epilog=f"example:\n{indented}",
         formatter_class=_Formatter,
         allow_abbrev=False,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from enum import Enum
 from struct import Struct
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from vmm.kvm import Vcpu
 
 KICK: Final = signal.SIGUSR1
+PARK_LOOK: Final = 0.1  # seconds between looks at what a vCPU may wait for
 PARK_DEADLINE: Final = 10.0  # seconds; an exit handler is at most one device deadline long
 
 # struct kvm_run, the union behind the fixed part (linux/kvm.h).
@@ -70,10 +72,18 @@ class Gate:
             self._parked -= 1
             return self.mode is Gate.Mode.RUN
 
-    def all_parked(self, count: int) -> bool:
-        """Wait until `count` threads are parked; False if one did not come in time."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self._parked == count, PARK_DEADLINE)
+    def all_parked(self, count: int, meanwhile: Callable[[], object]) -> bool:
+        """Wait until `count` threads are parked; False if one did not come in time.
+
+        `meanwhile` is called now and then: a thread may wait for what the caller has to do.
+        """
+        end = time.monotonic() + PARK_DEADLINE
+        while time.monotonic() < end:
+            with self._changed:
+                if self._changed.wait_for(lambda: self._parked == count, PARK_LOOK):
+                    return True
+            meanwhile()
+        return False
 
 
 class Exits(NamedTuple):

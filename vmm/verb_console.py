@@ -8,10 +8,9 @@ from config.errors import EXIT_DONE, HostError
 from vmm import sockets, survey
 from vmm.qmpclient import QmpClient
 from vmm.rundir import CONSOLE, CONTROL
-from vmm.table import tell
 from vmm.terminal import ConsoleClient, End
 from vmm.usage import PROGRAM, Verb, name_argument, verbs
-from vmm.verb_wait import exit_status
+from vmm.verb_wait import exit_status, tell_end
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
@@ -41,7 +40,9 @@ def attach(word: str, *, wait: bool = True, just_started: bool = False) -> int:
     """
     info = survey.lookup(word)
     if not info.alive and not just_started:
-        raise HostError("is not running", vm=info.name)
+        raise HostError(
+            "is not running", vm=info.name, hint=f"'{PROGRAM} start {info.name}' starts it"
+        )
 
     def send_break() -> None:
         with QmpClient(f"{info.path}/{CONTROL}", BREAK_SECONDS) as control:
@@ -59,10 +60,10 @@ def attach(word: str, *, wait: bool = True, just_started: bool = False) -> int:
             end = ConsoleClient(console, info.name, send_break, wait=wait).run()
         if end is End.DETACHED:
             return EXIT_DONE
-    ended = survey.wait_end(info.name, END_SECONDS)
+    ended = survey.wait_end(info.name, END_SECONDS, info.pid)
     if ended is None:
         raise HostError("the console is closed, but the VM still runs", vm=info.name)
-    tell(f"terminated vm {info.id}")
+    tell_end(ended)
     return exit_status(ended)
 
 

@@ -1,12 +1,14 @@
-"""The verbs that act on a running VM: stop, reset, pause, unpause."""
+"""The verbs that act on a running VM: stop, kill, reboot, pause, unpause."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
-from config.errors import EXIT_DONE, HostError, PyvmError
+from config.errors import EXIT_DONE, HostError, NoSuchVmError, PyvmError
 from vmm import survey
 from vmm.qmpclient import QmpClient
 from vmm.rundir import CONTROL
@@ -16,7 +18,6 @@ from vmm.usage import (
     UsageError,
     Verb,
     complain,
-    name_argument,
     timeout_argument,
     verbs,
 )
@@ -24,6 +25,7 @@ from vmm.verb_wait import await_end
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
+    from collections.abc import Callable
 
     from vmm.survey import VmInfo
 
@@ -40,28 +42,99 @@ def _stop_arguments(to: ArgumentParser) -> None:
 
 
 def _stop(options: Any) -> int:
-    if options.all == bool(options.names):
-        raise UsageError("name the VMs to stop, or all by -a")
-    everyone = [info.name for info in survey.survey() if info.alive] if options.all else []
-    status = EXIT_DONE
-    for name in options.names or everyone:
+    asked: list[VmInfo] = []
+    begun = time.monotonic()
+    status = each(options, "stop", lambda info: _stop_one(info, options, asked))
+    for info in asked if options.wait or options.timeout is not None else ():
         try:
-            _stop_one(_running(name, "stop"), options)
+            await_end(info, options.timeout, begun)
         except PyvmError as err:
             complain(err)
             status = err.exit_status
     return status
 
 
-def _stop_one(info: VmInfo, options: Any) -> None:
+def each(options: Any, verb: str, act: Callable[[VmInfo], None]) -> int:
+    """Do something to each of the named VMs, or to all; the status is that of the last failure."""
+    if options.all == bool(options.names):
+        raise UsageError(f"name the VMs to {verb}, or all by -a")
+    everyone = [info.name for info in survey.survey() if info.alive] if options.all else []
+    status = EXIT_DONE
+    for name in options.names or everyone:
+        try:
+            info = _running(name, verb)
+            try:
+                act(info)
+            except NoSuchVmError as err:  # it was there a moment ago
+                hint = f"'{PROGRAM} wait {info.name}' tells how"
+                raise HostError("has just ended", vm=info.name, hint=hint) from err
+        except PyvmError as err:
+            complain(err)
+            status = err.exit_status
+    return status
+
+
+def _stop_one(info: VmInfo, options: Any, asked: list[VmInfo]) -> None:
+    """End a VM, or ask its guest; many can go down at the same time, so nobody waits here."""
     if options.force:
-        force(info)
-        tell(f"forced to terminate vm {info.id}")
+        _force_one(info)
         return
-    _command(info, "system_powerdown")
+    command(info, "x-pyvmd-stop")
     tell(f"stopping vm {info.name}: requested to shutdown vm {info.id}")
-    if options.wait or options.timeout is not None:
-        await_end(info, options.timeout)
+    asked.append(info)
+
+
+def _force_one(info: VmInfo) -> None:
+    force(info)
+    tell(f"forced to terminate vm {info.id}")
+
+
+def _reboot_arguments(to: ArgumentParser) -> None:
+    to.add_argument("names", metavar="NAME", nargs="*", default=[], help="names or ids of VMs")
+    to.add_argument("-a", dest="all", action="store_true", help="reboot all running VMs")
+    to.add_argument("-f", dest="force", action="store_true", help="reset at once, as 'reset' does")
+    to.add_argument("-w", dest="wait", action="store_true", help="wait until it boots again")
+    timeout_argument(to, "wait this long at most; implies -w")
+
+
+def _reboot(options: Any) -> int:
+    """Ask all of them before the first is waited for."""
+    asked: list[tuple[VmInfo, QmpClient]] = []
+    begun = time.monotonic()
+    with ExitStack() as open_clients:
+
+        def ask(info: VmInfo) -> None:
+            control = QmpClient(f"{info.path}/{CONTROL}", COMMAND_SECONDS)
+            open_clients.enter_context(control)
+            control.call("system_reset" if options.force else "x-pyvmd-reboot")
+            tell(f"rebooting vm {info.name}: requested to reboot vm {info.id}")
+            asked.append((info, control))
+
+        status = each(options, "reboot", ask)
+        for info, control in asked if options.wait or options.timeout is not None else ():
+            try:
+                _await_reset(info, control, options.timeout, begun)
+            except PyvmError as err:
+                complain(err)
+                status = err.exit_status
+    return status
+
+
+def _await_reset(info: VmInfo, control: QmpClient, seconds: float | None, begun: float) -> None:
+    """Wait for the RESET that was asked for. Raises HostError when the time is over, or the VM."""
+    # Never 0: what has been said while another VM was waited for is read all the same.
+    left = None if seconds is None else max(begun + seconds - time.monotonic(), 0.1)
+    last = ""
+    for event in control.events(left):
+        last = str(event["event"])
+        if last == "RESET":
+            tell(f"rebooted vm {info.id}")
+            return
+    if seconds is None or control.gone or last == "SHUTDOWN":
+        hint = f"see '{PROGRAM} log {info.name}'"
+        raise HostError("has ended instead of rebooting", vm=info.name, hint=hint)
+    hint = f"'{PROGRAM} reset {info.name}' does not ask the guest"
+    raise HostError(f"has not rebooted after {seconds:g} s", vm=info.name, hint=hint)
 
 
 def force(info: VmInfo) -> None:
@@ -72,11 +145,11 @@ def force(info: VmInfo) -> None:
     except PyvmError:
         pass  # it does not answer, or is gone already: that shows below
     else:
-        if survey.wait_end(info.name, FORCE_SECONDS):
+        if survey.wait_end(info.name, FORCE_SECONDS, info.pid):
             return
     for number in (signal.SIGTERM, signal.SIGKILL):
         _kill(info, number)
-        if survey.wait_end(info.name, FORCE_SECONDS):
+        if survey.wait_end(info.name, FORCE_SECONDS, info.pid):
             return
     raise HostError(f"VM process {info.pid} outlives SIGKILL", vm=info.name, hint="see its log")
 
@@ -120,25 +193,40 @@ def _running(word: str, verb: str) -> VmInfo:
     """Return a VM that a process has. Raises NoSuchVmError, HostError."""
     info = survey.lookup(word)
     if not info.alive:
-        raise HostError(f"cannot {verb} vm that is not running", vm=info.name)
+        how = verb in ("stop", "kill")
+        hint = f"wait {info.name}' tells how it ended" if how else f"start {info.name}' starts it"
+        hint = f"'{PROGRAM} {hint}"
+        raise HostError(f"cannot {verb} vm that is not running", vm=info.name, hint=hint)
     return info
 
 
-def _command(info: VmInfo, command: str) -> None:
+def command(info: VmInfo, name: str) -> None:
+    """Run one command without arguments. Raises NoSuchVmError, HostError."""
     with QmpClient(f"{info.path}/{CONTROL}", COMMAND_SECONDS) as control:
-        control.call(command)
+        control.call(name)
 
 
-def _simple(name: str, command: str, summary: str, done: str) -> Verb:
-    """Return a verb that is one command to one VM."""
+def _simple(name: str, summary: str, act: Callable[[VmInfo], None]) -> Verb:
+    """Return a verb that does one thing to each of some VMs."""
+
+    def arguments(to: ArgumentParser) -> None:
+        to.add_argument("names", metavar="NAME", nargs="*", default=[], help="names or ids of VMs")
+        to.add_argument("-a", dest="all", action="store_true", help=f"{name} all running VMs")
 
     def run(options: Any) -> int:
-        info = _running(options.name, name)
-        _command(info, command)
-        tell(f"{done} vm {info.id} successfully")
-        return EXIT_DONE
+        return each(options, name, act)
 
-    return Verb(name, summary, name_argument, run, f"{PROGRAM} {name} web")
+    return Verb(name, summary, arguments, run, f"{PROGRAM} {name} web")
+
+
+def _pause(info: VmInfo) -> None:
+    command(info, "stop")
+    tell(f"paused vm {info.id} successfully")
+
+
+def _unpause(info: VmInfo) -> None:
+    command(info, "cont")
+    tell(f"unpaused vm {info.id} successfully")
 
 
 VERBS = verbs(
@@ -148,10 +236,26 @@ VERBS = verbs(
         arguments=_stop_arguments,
         run=_stop,
         example=f"{PROGRAM} stop -w web\n{PROGRAM} stop -f web",
-        details="Returns once the guest has been asked, by its ACPI power button. A guest may\n"
-        "ignore that; -f does not ask.",
+        details="""\
+Returns once the guest has been asked. It is asked by its vmmci driver if that
+listens, else by the ACPI power button, else by Ctrl-Alt-Del. What it does not
+take note of within vmmci.ack-timeout (3 s) is followed by the next way; a guest
+that takes note and is not down after vmmci.shutdown-timeout (2 min) is ended.
+The VM's log tells every step, and 'wait' how it ended. A paused VM goes on, to
+be able to shut down. -f does not ask.""",
     ),
-    _simple("reset", "system_reset", "reset a VM, as its reset button would", "reset"),
-    _simple("pause", "stop", "halt a VM's vCPUs", "paused"),
-    _simple("unpause", "cont", "let a paused VM go on", "unpaused"),
+    _simple("kill", "end VMs without asking their guests, as 'stop -f' does", _force_one),
+    Verb(
+        name="reboot",
+        summary="ask a VM's guest to reboot, or reset the VM",
+        arguments=_reboot_arguments,
+        run=_reboot,
+        example=f"{PROGRAM} reboot -w web\n{PROGRAM} reboot -f web",
+        details="""\
+The guest is asked as by 'stop', with the same times. Whether it powers off or
+resets, the VM starts over in place: same process, same devices, same console. A
+guest that is not down in time is reset.""",
+    ),
+    _simple("pause", "halt a VM's vCPUs", _pause),
+    _simple("unpause", "let a paused VM go on", _unpause),
 )

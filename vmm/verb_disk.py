@@ -56,7 +56,7 @@ def _size(text: str) -> int:
 def _run(options: Any) -> int:
     info = survey.lookup(options.name)
     if not info.alive:
-        hint = "then truncate(1) does it"
+        hint = "then pyvmctl image resize does it"
         raise HostError("cannot resize a disk of vm that is not running", vm=info.name, hint=hint)
     with QmpClient(f"{info.path}/{CONTROL}", COMMAND_SECONDS) as control:
         size = control.call("block_resize", device=options.disk, size=options.size)

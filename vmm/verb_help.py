@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from config.errors import EXIT_DONE
 from vmm.table import say
-from vmm.usage import PROGRAM, Verb, parser, verbs
+from vmm.usage import PROGRAM, UsageError, Verb, choose, parser, verbs
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
@@ -14,13 +14,19 @@ if TYPE_CHECKING:
 
 def _arguments(to: ArgumentParser) -> None:
     to.add_argument("verb", metavar="VERB", nargs="?", help="explain this verb")
+    to.add_argument("action", metavar="ACTION", nargs="?", help="and this action of it")
 
 
 def _help(options: Any) -> int:
     from vmm import cli  # it imports us
 
     if options.verb:
-        say(parser(cli.load(cli.resolve(options.verb))).format_help().rstrip("\n"))
+        verb = cli.load(cli.resolve(options.verb))
+        if options.action:
+            verb, rest = choose(verb, [options.action])
+            if rest:
+                raise UsageError(f"{verb.name} has no actions")
+        say(parser(verb).format_help().rstrip("\n"))
         return EXIT_DONE
     lines = [
         f"usage: {PROGRAM} VERB [ARGUMENT...]",
@@ -29,10 +35,11 @@ def _help(options: Any) -> int:
         "",
         "verbs:",
     ]
+    width = max(map(len, cli.VERBS))
     for name in cli.VERBS:
         also = [alias for alias, verb in cli.ALIASES.items() if verb == name]
         note = f" (also: {', '.join(also)})" if also else ""
-        lines.append(f"  {name:<9}{cli.load(name).summary}{note}")
+        lines.append(f"  {name:<{width}} {cli.load(name).summary}{note}")
     lines += [
         "",
         "A verb may be shortened as long as it stays unambiguous.",

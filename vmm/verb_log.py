@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 from config.errors import EXIT_DONE, HostError
+from devices.lines import printable
 from vmm import safefile, survey
-from vmm.log import printable
 from vmm.table import say
 from vmm.usage import PROGRAM, Verb, name_argument, verbs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 FOLLOW_SECONDS: Final = 0.2  # between looks at a log that is followed
 LINE_LIMIT: Final = 16 * 1024  # bytes; our own lines are far shorter
@@ -87,27 +88,37 @@ def _arguments(to: argparse.ArgumentParser) -> None:
     name_argument(to)
     to.add_argument("-f", dest="follow", action="store_true", help="go on until the VM has ended")
     to.add_argument("-n", dest="lines", metavar="N", type=_lines, help="only the last N lines")
+    to.add_argument("--json", action="store_true", help="print each entry as a line of JSON")
 
 
 def _log(options: Any) -> int:
     info = survey.lookup(options.name)
     reader = LogReader(info.path)
     keep = HISTORY if options.lines is None else min(options.lines, HISTORY)
-    _show(deque(reader.history(), maxlen=keep))
+    _show(deque(reader.history(), maxlen=keep), options.json)
     while options.follow:
         # Asked before reading, so that a VM's last words are read after its end.
-        ended = survey.wait_end(info.name, FOLLOW_SECONDS) is not None
-        _show(reader.more())
+        ended = survey.wait_end(info.name, FOLLOW_SECONDS, info.pid) is not None
+        _show(reader.more(), options.json)
         if ended:
             break
     reader.close()
     return EXIT_DONE
 
 
-def _show(lines: Iterator[str] | deque[str]) -> None:
-    text = "\n".join(lines)
+def _show(lines: Iterable[str], as_json: bool) -> None:
+    text = "\n".join(json.dumps(entry(line)) for line in lines) if as_json else "\n".join(lines)
     if text:
         say(text)
+
+
+def entry(line: str) -> dict[str, str]:
+    """Return the parts of a line; all of it is text if it is none that pyvmd has written."""
+    words = line.split(" ", 2)
+    who, colon, text = words[-1].partition(": ")
+    if len(words) < 3 or not colon:
+        return {"time": "", "level": "", "who": "", "text": line}
+    return {"time": words[0], "level": words[1], "who": who, "text": text}
 
 
 VERBS = verbs(
@@ -117,5 +128,9 @@ VERBS = verbs(
         arguments=_arguments,
         run=_log,
         example=f"{PROGRAM} log -f web\n{PROGRAM} log -n 20 web",
+        details="""\
+A line is the time, a level (info, warning for what the guest does wrong, error
+for what goes wrong here), the VM or its device, and a sentence. With --json
+these are "time", "level", "who" and "text".""",
     )
 )

@@ -28,13 +28,6 @@ if TYPE_CHECKING:
 
 ANSWER_SECONDS: Final = 1.0  # a VM that does not answer by then is shown as "unknown"
 
-# What the VM says of itself, in QEMU's words → what vmctl calls it.
-_STATES: Final = {
-    "prelaunch": "starting",
-    "running": "running",
-    "paused": "paused",
-    "shutdown": "stopping",
-}
 _STYLES: Final = {
     "STATE": {"running": "green", "paused": "yellow", "crashed": "red", "unknown": "red"}
 }
@@ -45,6 +38,7 @@ def _arguments(to: ArgumentParser) -> None:
         "names", metavar="NAME", nargs="*", default=[], help="names or ids (default: all VMs)"
     )
     to.add_argument("-r", dest="running", action="store_true", help="running VMs only")
+    to.add_argument("-q", "--quiet", action="store_true", help="print names only")
     to.add_argument(
         "--jail",
         action="store_true",
@@ -63,10 +57,14 @@ def _status(options: Any) -> int:
             complain(err)
             status = err.exit_status
     if not options.names:
-        infos = survey.survey()
+        infos = survey.survey(shared=True)
     infos = [info for info in infos if info.alive or not options.running]
     # As vmctl: running VMs first, then by number.
     infos.sort(key=lambda info: (not info.alive, info.id))
+    if options.quiet:
+        for info in infos:
+            say(info.name)
+        return status
     if options.jail:
         from vmm import jailview  # reads much of /proc; nobody else asks
 
@@ -89,14 +87,11 @@ def facts(info: VmInfo) -> dict[str, Any]:
     """
     config, uid = _files(info)
     live = _ask(info) if info.alive else {}
-    state = info.state
-    if state == "running":
-        state = _STATES.get(str(live.get("status")), "unknown")
     owner = config.get("owner")
     return {
         "id": info.id,
         "name": info.name,
-        "state": state,
+        "state": info.state_word(live),
         "pid": info.pid or None,
         "vcpus": _number(config.get("vcpus")),
         "memory": _number(config.get("memory")),
@@ -172,7 +167,8 @@ VERBS = verbs(
         details="""\
 STATE is running, paused, stopping, stopped, crashed (the VM process died
 without a word), or unknown (it does not answer). CURMEM is the memory in use.
-With --json a single NAME gives one object, anything else a list.
+With --json a single NAME gives one object, anything else a list. Those VMs of
+root's that you may use are among yours.
 
 With --jail there is a line per process: how many seccomp FILTERS decide about
 its system calls, its capabilities (in its own user namespace, if it has one),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from config.errors import EXIT_DONE, EXIT_FAILED, HostError
+from devices.lines import printable
 from vmm import survey
+from vmm.ending import EXIT_TIMEOUT
 from vmm.table import say_json, tell
 from vmm.usage import PROGRAM, Verb, json_argument, name_argument, timeout_argument, verbs
 
@@ -15,14 +18,26 @@ if TYPE_CHECKING:
     from vmm.survey import VmInfo
 
 
-def await_end(info: VmInfo, seconds: float | None) -> VmInfo:
-    """Wait until the VM has ended and say so. Raises HostError when the time is over before."""
-    ended = survey.wait_end(info.name, seconds)
+def await_end(info: VmInfo, seconds: float | None, since: float | None = None) -> VmInfo:
+    """Wait until the VM has ended and say so. Raises HostError when the time is over before.
+
+    The time counts from `since` (CLOCK_MONOTONIC), by default from now.
+    """
+    begun = time.monotonic() if since is None else since
+    left = None if seconds is None else begun + seconds - time.monotonic()
+    ended = survey.wait_end(info.name, left, info.pid)
     if ended is None:
         hint = f"'{PROGRAM} stop -f {info.name}' does not ask the guest"
         raise HostError(f"still runs after {seconds:g} s", vm=info.name, hint=hint)
-    tell(f"terminated vm {info.id}")
+    tell_end(ended)
     return ended
+
+
+def tell_end(ended: VmInfo) -> None:
+    """Say that a VM has ended, in vmctl's words, and how, in its own."""
+    tell(f"terminated vm {ended.id}")
+    if detail := ended.exit.get("detail"):
+        tell(f"{ended.name}: {printable(str(detail))}")
 
 
 def exit_status(ended: VmInfo) -> int:
@@ -51,7 +66,13 @@ VERBS = verbs(
         arguments=_arguments,
         run=_wait,
         example=f"{PROGRAM} wait --timeout 5m web",
-        details=f"The exit status is {EXIT_DONE} after a clean end, else {EXIT_FAILED}; a guest "
-        "that ends by the\ndebug-exit device gives its own.",
+        details=f"""\
+The exit status is {EXIT_DONE} after a clean end: the guest powered off by itself or
+because it was asked to, or the VM was ended by 'stop -f' or a signal. It is
+{EXIT_TIMEOUT} if the guest was asked to go down, was not down in time, and was ended,
+and {EXIT_FAILED} after a crash or another failure. A guest that ends by the debug-exit
+device gives its own. With --json, "how" is guest-poweroff, stop, timeout,
+forced, signal, guest-exit, reset-storm or failed; a VM process that was killed
+left none, and the state is crashed.""",
     )
 )

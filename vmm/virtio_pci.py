@@ -3,7 +3,8 @@
     BAR0  I/O, 4 KiB   common 0x000, notify 0x100, ISR 0x200, device 0x300 (vmd's layout)
     BAR1  memory       MSI-X table and PBA
 
-A transitional device has the legacy 0.9 registers in BAR0 and the modern ones in BAR2. All of
+A transitional device has the legacy 0.9 registers in BAR0 and the modern ones in BAR2; vmmci has
+the legacy ones alone. All of
 virtio's registers live in the device process. This file answers only what PCI owns: the vector
 registers, and, where KVM can, the doorbells, which are ioeventfds and wake nobody here.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from config.errors import KvmError
-from devices.spec import COMMON_LENGTH, VIRTIO_VENDOR, Block, Common, Legacy
+from devices.spec import COMMON_LENGTH, VMD_VENDOR, Block, Common, Legacy
 from vmm import log
 from vmm.interrupts import CONFIG, NO_VECTOR, Interrupts
 from vmm.pcicap import CfgType, ConfigWindow, add_block
@@ -32,7 +33,6 @@ LEGACY_SIZE: Final = 0x100
 LEGACY_VECTORS: Final = 0x14  # two 16-bit registers, there while MSI-X is on
 LEGACY_VECTORS_END: Final = 0x18
 NOTIFY_LENGTH: Final = 2
-SUBSYSTEM_VENDOR: Final = 0x0B5D  # vmd's
 
 
 class Doorbells:
@@ -78,16 +78,21 @@ class VirtioFunction(PciFunction):
         kicks: Mapping[int, int],
         transitional: bool = False,
         irqfd: bool = True,
+        tells_msix: bool = False,
     ) -> None:
-        """Describe the device and make its interrupts. Raises HostError."""
+        """Describe the device and make its interrupts. Raises HostError.
+
+        `tells_msix`: the device hears of MSI-X, for its queues call from elsewhere.
+        """
+        transitional = (transitional and bool(spec.transitional_id)) or spec.legacy_only
         super().__init__(
             name,
-            VIRTIO_VENDOR,
+            spec.vendor,
             spec.transitional_id if transitional else spec.pci_device,
             spec.pci_class,
             revision=0 if transitional else 1,
             # A legacy driver tells devices apart by the subsystem id (virtio 1.2 §4.1.2.1).
-            subsystem=(SUBSYSTEM_VENDOR, spec.virtio_id),
+            subsystem=(VMD_VENDOR, spec.virtio_id),
         )
         self._channel = channel
         self.interrupts = Interrupts(
@@ -97,8 +102,17 @@ class VirtioFunction(PciFunction):
             gsi,
             self._isr,
             irqfd=irqfd,
+            msix_bar=None if spec.legacy_only else 1,
             needs_master=not transitional,
         )
+        self.parts.append(_DeviceReset(channel))
+        if tells_msix:
+            self.interrupts.on_msix = lambda on: channel.write(Block.MSIX, 1, int(on))
+        channel.on_kick = self.interrupts.notify
+        if spec.legacy_only:
+            registers = LegacyRegisters(channel, self.interrupts)
+            self.add_bar(0, MODERN_SIZE, registers, flags=BAR_IO)  # the size is vmd's
+            return
         modern = ModernRegisters(channel, self.interrupts)
         at = 0
         if transitional:
@@ -114,8 +128,6 @@ class VirtioFunction(PciFunction):
         add_block(self, CfgType.ISR, at, Block.ISR, 1)
         add_block(self, CfgType.NOTIFY, at, Block.NOTIFY, NOTIFY_LENGTH, notify_multiplier=0)
         ConfigWindow(self)
-        self.parts.append(_DeviceReset(channel))
-        channel.on_kick = self.interrupts.notify
 
     def _isr(self) -> bool:
         value, _ = self._channel.read(Block.ISR_PEEK, 1)
@@ -190,6 +202,8 @@ class ModernRegisters(_Registers):
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Write a register; what is between the blocks drops it."""
+        if Block.ISR < offset < Block.DEVICE:
+            return
         if size == 2 and offset == Common.MSIX_CONFIG:
             self._set_vector(CONFIG, value)
             return

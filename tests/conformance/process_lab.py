@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 
-from devices.features import F_RING_PACKED
-from devices.guestmem import Region
+from devices.features import F_IN_ORDER, F_RING_PACKED
+from devices.guestmem import GuestMemory, Region
 from devices.inflight import Inflight, inflight_bytes
+from devices.inflightrow import RowInflight
 from devices.virtqueue import Chain, VirtQueue, open_queue
 from tests.conformance.ring_lab import BASE, RAM
-from tests.driver import make_memfd, open_driver
 from tests.stores import Watch, WatchedMemory
+from tools.viodriver import make_memfd, open_driver
 
+REGIONS = (Region(0, RAM, 0),)
 SIZES = {0: 16, F_RING_PACKED: 11}  # just room for what the script needs
 
 
@@ -27,8 +29,8 @@ class Lab:
         self.watch = Watch()
         self.packed = bool(features & F_RING_PACKED)
         self.size = SIZES[features & F_RING_PACKED]
-        self.memory = WatchedMemory(self.fd, [Region(0, RAM, 0)], self.watch)
-        self.driver = open_driver(make_plain(self.fd), self.size, BASE, features)
+        self.memory = WatchedMemory(self.fd, REGIONS, self.watch)
+        self.driver = open_driver(GuestMemory(self.fd, REGIONS), self.size, BASE, features)
         self.area = memoryview(bytearray(inflight_bytes(self.size, packed=self.packed)))
         self.done: dict[int, int] = {}  # token → times the driver saw it complete
         self.offered: list[int] = []
@@ -77,15 +79,10 @@ class Lab:
         assert queue.nr_in_flight == 0
         assert self.driver.outstanding == 0
         area = Inflight(self.area, self.size, packed=self.packed)
+        if self.driver.features & F_IN_ORDER and not self.packed:
+            area = RowInflight(self.area, self.size)
         assert area.taken() == []
         assert area.unsettled()[0] == []
-
-
-def make_plain(fd: int) -> WatchedMemory:
-    """Return the driver's own mapping; nobody watches it."""
-    memory = WatchedMemory(fd, [Region(0, RAM, 0)], Watch())
-    memory.view = super(WatchedMemory, memory).view  # type: ignore[method-assign]
-    return memory
 
 
 def work(chain: Chain) -> int:

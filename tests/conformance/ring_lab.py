@@ -11,7 +11,7 @@ from devices.chain import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE
 
 if TYPE_CHECKING:
     from devices.virtqueue import VirtQueue
-    from tests.driver import PackedDriver, SplitDriver
+    from tools.viodriver import PackedDriver, SplitDriver
 
 BASE: Final = 0x1000  # of the ring
 BUF: Final = 0x40000  # of buffers that a test places by hand

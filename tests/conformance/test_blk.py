@@ -21,7 +21,7 @@ from devices.blkreq import (
     T_OUT,
 )
 from tests.blklab import Answer, BlkLab, record_calls
-from tests.driver import Segment
+from tools.viodriver import Segment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

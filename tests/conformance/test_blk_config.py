@@ -263,5 +263,5 @@ def test_an_image_that_is_no_disk_is_refused(make: Callable[..., BlkLab], tmp_pa
     try_(4096)
     with pytest.raises(ConfigError, match="4095 bytes: less than one block"):
         try_(4095)
-    with pytest.raises(ConfigError, match="format qcow2"):
-        try_(4096, format="qcow2")
+    with pytest.raises(ConfigError, match=r"format .vmdk.: raw or qcow2"):
+        try_(4096, format="vmdk")

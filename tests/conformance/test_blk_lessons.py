@@ -22,14 +22,16 @@ from devices.blkreq import (
     S_UNSUPP,
     SEGMENT,
     T_DISCARD,
+    T_FLUSH,
     T_IN,
     T_OUT,
     T_WRITE_ZEROES,
 )
 from devices.guestmem import Region
+from devices.spec import BUSY
 from tests.blklab import MEMORY, Answer, BlkLab
-from tests.driver import Segment
 from tests.slowring import SlowRing
+from tools.viodriver import Segment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -203,7 +205,6 @@ def test_cve_2026_45782_the_same_head_twice_in_flight(
         assert len(SlowRing.latest.flying) == 1
         blk.status = 0
         assert SlowRing.latest.flying == []
-    SlowRing.latest.close()
 
 
 def test_cve_2022_26354_requests_before_a_broken_one_are_answered(blk: BlkLab) -> None:
@@ -258,6 +259,25 @@ def test_ghsa_jmr4_the_guest_cannot_choose_the_format(blk: BlkLab) -> None:
     blk.start(BLK_F_FLUSH)
     assert blk.ask(T_IN, 0, room=512).data == header
     assert blk.image.read_bytes()[:512] == header
+
+
+def test_the_page_of_counters_tells_of_a_wait_for_the_disk(
+    blk: BlkLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the host is asked for something; not before, and not afterwards, well done or not."""
+    seen: list[int] = []
+
+    def slow() -> None:
+        seen.append(blk.device.totals[BUSY])
+        if len(seen) > 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(blk.disk, "flush", slow)
+    for status in (S_OK, S_IOERR):
+        assert blk.device.totals[BUSY] == 0
+        assert blk.ask(T_FLUSH, 0).status == status
+    assert seen == [1, 1]
+    assert blk.device.totals[BUSY] == 0
 
 
 def test_writes_beyond_the_end_do_not_grow_the_image(blk: BlkLab) -> None:

@@ -44,7 +44,6 @@ def blk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BlkLab]:
     with BlkLab(tmp_path, SIZE, content=PATTERN, cache="none", queues=2) as lab:
         lab.start(BLK_F_FLUSH | F_RING_RESET, arena_bytes=1 << 20)
         yield lab
-    SlowRing.latest.close()
 
 
 @pytest.fixture

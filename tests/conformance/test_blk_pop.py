@@ -17,7 +17,7 @@ from devices.features import F_INDIRECT_DESC
 from devices.guestmem import Region
 from devices.inflight import inflight_bytes
 from devices.uring import address
-from tests.driver import SplitDriver, make_memory, open_driver
+from tools.viodriver import SplitDriver, make_memory, open_driver
 
 if TYPE_CHECKING:
     from devices.blkreq import Request

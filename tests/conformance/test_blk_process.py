@@ -22,15 +22,17 @@ from devices.blkreq import (
     T_OUT,
     T_WRITE_ZEROES,
 )
+from devices.images import open_disk
+from devices.spec import BUSY
 from devices.viodev import CONFIG_CHANGE, ImsgType
-from tests.devicehost import DEADLINE, DeviceHost
-from vmm.images import open_disk
+from tools.viodriver.private import DEADLINE, DeviceHost
+from vmm.counters import Counters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from tests.driver import Used
+    from tools.viodriver import Used
 
 SIZE = 8 << 20
 PATTERN = bytes(range(256)) * (SIZE // 256)
@@ -163,3 +165,38 @@ def test_a_reset_under_load(launch: Callable[..., DeviceHost]) -> None:
         before = host.memory.read(0x10000, 1 << 20)
         assert host.read_config(0, 8) == SIZE // 512  # a round trip later
         assert host.memory.read(0x10000, 1 << 20) == before
+
+
+def test_requests_are_counted_where_the_vm_process_can_see_them(tmp_path: Path) -> None:
+    """Reads, writes and others with their bytes, also after the process is gone; nobody can cut
+    the page short.
+    """
+    path = tmp_path / "disk.img"
+    path.write_bytes(PATTERN)
+    disk = DiskConfig(path=str(path), format="raw")
+    fd, counters = open_disk(disk, "vioblk0"), Counters("vioblk")
+    try:
+        fds = {"image": fd, "counters": counters.fd}
+        with DeviceHost("vioblk", disk._asdict(), fds=fds, jail="best-effort") as host:
+            [queue] = host.start(BLK_F_FLUSH)
+            for size in (4096, 512):
+                assert ask(host, queue, HEADER.pack(T_IN, 0, 8), room=size)[0] == S_OK
+            assert ask(host, queue, HEADER.pack(T_OUT, 0, 8), bytes(1024))[0] == S_OK
+            assert ask(host, queue, HEADER.pack(T_FLUSH, 0, 0))[0] == S_OK
+            expected = {
+                "read_requests": 2,
+                "read_bytes": 4608,
+                "write_requests": 1,
+                "write_bytes": 1024,
+                "other_requests": 1,
+            }
+            assert counters.read() == expected
+        assert counters.read() == expected
+        assert not counters.busy()
+        os.pwrite(counters.fd, b"\1", 8 * BUSY)
+        assert counters.busy()
+        with pytest.raises(PermissionError):
+            os.ftruncate(counters.fd, 0)
+    finally:
+        counters.close()
+        os.close(fd)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from devices.blkreq import BLK_F_FLUSH, HEADER, S_IOERR, S_OK, T_FLUSH, T_IN, T_OUT
+from devices.blkserve import BATCH
 from devices.features import (
     F_EVENT_IDX,
     F_IN_ORDER,
@@ -18,9 +19,9 @@ from devices.features import (
     F_VERSION_1,
 )
 from devices.inflight import inflight_bytes
-from devices.vioblk import BATCH, BUDGET
+from devices.vioblk import BUDGET
 from tests.blklab import Answer, BlkLab, record_calls
-from tests.virtiodriver import READY
+from tools.viodriver.registers import READY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

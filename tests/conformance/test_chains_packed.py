@@ -13,7 +13,7 @@ from devices.guestmem import GuestMemory, Region
 from devices.packed import DESC_F_AVAIL
 from devices.virtqueue import VirtQueue
 from tests.conformance.ring_lab import BASE, BUF, INDIRECT, RAM, N, W, echo, refused
-from tests.driver import PackedDriver, Segment, make_memory
+from tools.viodriver import PackedDriver, Segment, make_memory
 
 
 def make_driver(size: int = 8, features: int = 0) -> PackedDriver:

@@ -14,7 +14,7 @@ from devices.features import F_INDIRECT_DESC, F_RING_PACKED
 from devices.guestmem import Region
 from devices.virtqueue import VirtQueue
 from tests.conformance.ring_lab import BASE, BUF, INDIRECT, RAM, N, W, refused
-from tests.driver import Segment, SplitDriver, make_memory, open_driver
+from tools.viodriver import Segment, SplitDriver, make_memory, open_driver
 
 if TYPE_CHECKING:
     from devices.guestmem import GuestMemory

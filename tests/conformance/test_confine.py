@@ -203,9 +203,10 @@ def test_it_signals_its_own_threads_and_who_it_has_a_pidfd_of(rundir: str) -> No
 
     try:
         assert confined(as_is, rundir, scene) == 1
-        assert os.waitpid(victim, 0)[1] == signal.SIGKILL
     finally:
+        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
         os.close(pidfd)
+        assert os.waitpid(victim, 0)[1] == signal.SIGKILL
 
 
 def test_the_real_profile_equals_the_table(rundir: str) -> None:

@@ -13,9 +13,9 @@ import pytest
 from devices.features import F_VERSION_1
 from devices.viodev import ChannelError, ImsgType, MsgType, ViodevMsg
 from devices.virtio import CommonCfg
-from tests.devicehost import DeviceHost
 from tests.odddevice import open_odd
-from tests.virtiodriver import READY
+from tools.viodriver.private import DeviceHost
+from tools.viodriver.registers import READY
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

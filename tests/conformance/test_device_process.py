@@ -17,9 +17,9 @@ from devices.spec import INFLIGHT_STRIDE, Block
 from devices.viodev import CONFIG_CHANGE, ImsgType
 from devices.virtio import CommonCfg
 from devices.words import BURST
-from tests.devicehost import DEADLINE, DeviceHost, facts
 from tests.odddevice import open_odd
-from tests.virtiodriver import NEEDS_RESET, READY
+from tools.viodriver.private import DEADLINE, DeviceHost, facts
+from tools.viodriver.registers import NEEDS_RESET, READY
 
 if TYPE_CHECKING:
     from vmm.launch import Spawner

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from devices import policy, seccomp, syscalls
-from devices.spec import Block
+from devices.spec import SPECS, Block
 from tests import escape
 from tests.jaillab import KILLED, Prison, without_filters
 from tests.unit import bpf
@@ -63,6 +63,9 @@ def test_the_suite_is_what_it_claims_to_be() -> None:
 def test_every_attempt_is_blocked(prison: Prison) -> None:
     """Each ends in SIGSYS or in an error, and no other process is the worse for it."""
     outcomes = {name: prison.attempt(name) for name in escape.ATTEMPTS}
+    if SPECS[prison.kind].hands_over:
+        # To give guest memory to its back end is what it is for; it can reach nobody else.
+        assert outcomes.pop("pass_a_descriptor") == "returned"
     escaped = {
         name: outcome
         for name, outcome in outcomes.items()

@@ -7,17 +7,23 @@ keeps to no rule. Two devices share one loop: the second must be served while th
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from config.errors import HostError
 from devices import viodev
 from devices.loop import Loop
 from devices.viodev import FD_MARK, IMSG_MAX, Channel, ImsgType, MsgType, ViodevMsg
+from vmm import channel
 from vmm.channel import DeviceChannel
+from vmm.plug import Devices
 
 DEADLINE = 0.2  # seconds; what the VM process grants in this test
 HEADER = struct.Struct("<IIII")
@@ -184,6 +190,145 @@ def test_flood(devices: tuple[Loop, Peer, Peer]) -> None:
     assert set(kicks) == {7}
 
 
+def test_a_device_whose_descriptor_is_a_large_number() -> None:
+    """With many queues there are more than the 1024 that select(2) knows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.skip("this process may not open so many files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    taken: list[int] = []
+    try:
+        while not taken or taken[-1] < 1024:
+            taken.append(os.dup(2))
+        loop = Loop()
+        far = Peer(loop, "far")
+        far.async_.sendall(frame(ImsgType.PAUSE, b""))
+        assert far.channel.call(ImsgType.PAUSE) == b""
+        far.channel.close()
+        for end in (far.sync, far.async_):
+            end.close()
+        loop.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in taken:
+            os.close(fd)
+
+
+def test_a_client_whose_value_is_too_long(devices: tuple[Loop, Peer, Peer]) -> None:
+    """It is told so, and costs no device."""
+    loop, _, good = devices
+    plugged = Devices.__new__(Devices)
+    row = SimpleNamespace(kind="vioblk")
+    device = SimpleNamespace(channel=good.channel, row=row, lasting=None, process=None)
+    plugged._devices = {"good": device}  # type: ignore[dict-item]
+    with pytest.raises(HostError, match="no setting takes a value of 20031 bytes"):
+        plugged.set("good", "resize", "x" * 20_000)
+    assert good.channel.alive
+    assert not good.failures
+    assert good.channel.read(3, 1) == (3, 0)
+    loop.stop()
+
+
+def test_a_client_whose_descriptor_would_make_a_device_wait(
+    devices: tuple[Loop, Peer, Peer],
+) -> None:
+    """A device has one thread, and who waits for a reader of a pipe serves no guest."""
+    loop, _, good = devices
+    plugged = Devices.__new__(Devices)
+    row = SimpleNamespace(kind="vionet")
+    device = SimpleNamespace(channel=good.channel, row=row, lasting=None, process=None)
+    plugged._devices = {"good": device}  # type: ignore[dict-item]
+    reader, writer = os.pipe()
+    with pytest.raises(HostError, match="could make it wait"):
+        plugged.set("good", "capture", {}, writer)
+    os.set_blocking(writer, False)
+    good.async_.sendall(frame(ImsgType.SETTING, b'{"value": 1}'))
+    assert plugged.set("good", "capture", {}, writer) == 1
+    for fd in (reader, writer):
+        os.close(fd)
+    loop.stop()
+
+
+def test_a_message_that_was_taken_already(devices: tuple[Loop, Peer, Peer]) -> None:
+    """A round of the loop can tell of one that an earlier callback of it has read."""
+    _, _, good = devices
+    good.channel._incoming(1)
+    assert good.channel.alive
+    assert good.failures == []
+
+
+@pytest.fixture
+def busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands are waited for as long as everything else here."""
+    monkeypatch.setattr(channel, "CALL_DEADLINE", DEADLINE)
+
+
+@pytest.mark.usefixtures("busy")
+def test_a_slow_answer(devices: tuple[Loop, Peer, Peer]) -> None:
+    """A device that waits for its disk is not lost; late answers are nobody else's."""
+    loop, slow, _ = devices
+    for value in (1, 2):
+        with pytest.raises(viodev.ChannelError, match="is busy") as busy:
+            slow.channel.call(ImsgType.SETTING, b"%d" % value)
+        assert "slow disk" in busy.value.hint
+    slow.async_.sendall(frame(ImsgType.SETTING, b"one") + frame(ImsgType.SETTING, b"two"))
+    slow.async_.sendall(frame(ImsgType.PAUSE, b"three"))
+    assert slow.channel.call(ImsgType.PAUSE) == b"three"
+    slow.async_.sendall(frame(ImsgType.UNPAUSE, b"four"))
+    assert slow.channel.call(ImsgType.UNPAUSE) == b"four"
+    assert slow.channel.alive
+    assert slow.failures == []
+
+    slow.async_.sendall(frame(ImsgType.SETTING, b"unasked"))
+    assert "of type" in lost(loop, slow)
+
+
+@pytest.mark.usefixtures("busy")
+def test_an_answer_that_never_comes(
+    devices: tuple[Loop, Peer, Peer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the end the device is given up; everything else was served meanwhile."""
+    loop, evil, good = devices
+    monkeypatch.setattr(channel, "LATE_DEADLINE", DEADLINE)
+    with pytest.raises(viodev.ChannelError, match="is busy"):
+        evil.channel.call(ImsgType.PAUSE)
+    assert evil.channel.alive
+    assert good.channel.read(0x14, 1) == (0x14, 0)
+    assert lost(loop, evil) == "evil: does not answer"
+    with pytest.raises(viodev.ChannelError, match="has died"):
+        evil.channel.call(ImsgType.UNPAUSE)
+
+
+def test_a_register_behind_a_slow_disk(devices: tuple[Loop, Peer, Peer]) -> None:
+    """A device that says it waits for the host gets more time, and answers late."""
+    loop, slow, _ = devices
+    turns: list[int] = []
+
+    def busy() -> bool:
+        turns.append(1)
+        if len(turns) == 3:
+            slow.sync.sendall(honest(ViodevMsg(MsgType.IO_READ, 0x14, 1)))
+        return True
+
+    slow.channel.is_busy = busy
+    assert slow.channel.read(0x14, 1) == (0x14, 0)
+    assert len(turns) == 3
+    assert slow.channel.alive
+    loop.stop()
+
+
+def test_one_that_says_it_is_busy_for_ever(
+    devices: tuple[Loop, Peer, Peer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the end it is lost, as one that is silent without a reason."""
+    loop, evil, good = devices
+    monkeypatch.setattr(channel, "BUSY_DEADLINES", 3)
+    evil.channel.is_busy = lambda: True
+    assert evil.channel.read(0x14, 1) == (0xFF, 0)
+    assert lost(loop, evil) == "evil: does not answer"
+    assert good.channel.alive
+
+
 def test_hang_up_in_mid_call(devices: tuple[Loop, Peer, Peer]) -> None:
     """A device that dies instead of answering a command fails that command."""
     loop, evil, good = devices
@@ -208,3 +353,24 @@ def test_log_flood_is_thinned(
     evil.async_.close()
     lost(loop, evil)
     assert said == [("evil says", "\x1b[2Jboo�")]  # the log itself escapes what is not text
+
+
+def test_a_flood_of_notes_does_not_wash_the_log_away(
+    devices: tuple[Loop, Peer, Peer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two files of a bounded size are all there is, and they say what happened before."""
+    from vmm import log
+
+    loop, evil, _ = devices
+    monkeypatch.setattr(log, "_limited", log.Limited())
+    log.setup(str(tmp_path / "log"))
+    try:
+        for n in range(200):
+            evil.async_.sendall(frame(ImsgType.LOG, b"\1note %d" % n))
+        evil.async_.close()
+        lost(loop, evil)
+    finally:
+        log.setup(stderr=True)
+    lines = (tmp_path / "log").read_text().splitlines()
+    notes = [line for line in lines if " info evil: note " in line]
+    assert 0 < len(notes) == len(lines) < 10

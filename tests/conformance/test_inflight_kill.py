@@ -17,8 +17,8 @@ from devices.features import F_EVENT_IDX, F_INDIRECT_DESC, F_RING_PACKED
 from devices.inflight import inflight_bytes
 from tests.conformance.process_lab import work
 from tests.conformance.ring_lab import BASE, RAM
-from tests.driver import NoRoomError, make_memory, open_driver
 from tests.rng import seeded
+from tools.viodriver import NoRoomError, make_memory, open_driver
 
 
 class Load:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from devices import jail, landlock, privileges, syscalls
-from tests.devicehost import DeviceHost, shared_spawner
 from tests.jailhost import USER, as_is, as_user, device, in_child, needs_root
 from tests.jailhost import without_user_namespaces as no_userns
+from tools.viodriver.private import DeviceHost, shared_spawner
 from vmm import jailview
 
 if TYPE_CHECKING:

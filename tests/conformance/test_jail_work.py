@@ -13,8 +13,8 @@ from devices import viornd
 from devices.blkreq import HEADER
 from devices.features import F_RING_RESET
 from devices.viodev import ImsgType
-from tests.devicehost import DeviceHost
 from tests.jailhost import as_is, as_user, in_child, needs_root
+from tools.viodriver.private import DeviceHost
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -19,7 +19,7 @@ from devices.guestmem import GuestMemory, Region
 from devices.inflight import Inflight, inflight_bytes
 from devices.virtqueue import Chain, QueueState, VirtQueue, open_queue
 from tests.conformance.ring_lab import BASE, BUF, INDIRECT, RAM, N, W
-from tests.driver import PackedDriver, Segment, SplitDriver, make_memory, open_driver
+from tools.viodriver import PackedDriver, Segment, SplitDriver, make_memory, open_driver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -12,7 +12,7 @@ import pytest
 from devices.features import F_EVENT_IDX, F_NOTIFY_ON_EMPTY, F_RING_PACKED
 from devices.packed import EVENT_DESC, EVENT_DISABLE, EVENT_ENABLE, WRAP
 from devices.virtqueue import QueueState
-from tests.driver import PackedDriver, SplitDriver, make_memory, open_driver
+from tools.viodriver import PackedDriver, SplitDriver, make_memory, open_driver
 
 if TYPE_CHECKING:
     from devices.virtqueue import VirtQueue

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from devices.features import F_EVENT_IDX, F_IN_ORDER, F_INDIRECT_DESC, F_RING_PACKED
 from devices.inflight import inflight_bytes
-from tests.driver import NoRoomError, make_memory, open_driver
 from tests.rng import seeded
+from tools.viodriver import NoRoomError, make_memory, open_driver
 
 if TYPE_CHECKING:
     from devices.virtqueue import Chain

@@ -11,13 +11,13 @@ from devices.features import F_EVENT_IDX, F_IN_ORDER, F_INDIRECT_DESC, F_RING_PA
 from devices.spec import SPECS
 from devices.viodev import CONFIG_CHANGE, ImsgType
 from devices.viornd import MAX_REQUEST
-from tests.devicehost import DeviceHost
-from tests.virtiodriver import NEEDS_RESET
+from tools.viodriver.private import DeviceHost
+from tools.viodriver.registers import NEEDS_RESET
 
 if TYPE_CHECKING:
     from typing import Any
 
-    from tests.driver import DriverQueue, Used
+    from tools.viodriver import DriverQueue, Used
     from vmm.launch import Spawner
 
 DEADLINE = 10.0
@@ -165,7 +165,7 @@ def test_the_rate_can_be_changed(spawner: Spawner) -> None:
         assert len(answers(host, queue, 50, kick=False)) == 50
 
 
-@pytest.mark.parametrize("value", [-1, "fast", None, True, 1.5])
+@pytest.mark.parametrize("value", [-1, "fast", None, True, 1.5, 10**40])
 def test_a_rate_that_is_none_is_refused(spawner: Spawner, value: object) -> None:
     """A wrong word changes nothing and is answered in words."""
     with open_rng(spawner) as host:
@@ -173,3 +173,12 @@ def test_a_rate_that_is_none_is_refused(spawner: Spawner, value: object) -> None
         assert "rate" in answer["error"]
         answer = host.ask(ImsgType.SETTING, {"name": "colour", "value": 1})
         assert "colour" in answer["error"]
+
+
+def test_a_value_that_grows_when_it_is_repeated(spawner: Spawner) -> None:
+    """The error would be longer than a message; it is cut, and the device lives on."""
+    with open_rng(spawner) as host:
+        value = "'" * 9000 + '"'
+        answer = host.ask(ImsgType.SETTING, {"name": "rate", "value": value})
+        assert answer["error"].startswith("rate: ")
+        assert host.ask(ImsgType.SETTING, {"name": "rate", "value": 5}) == {"value": 5}

@@ -21,7 +21,7 @@ from devices.spec import Block
 from devices.viodev import CONFIG_CHANGE
 from devices.virtio import CommonCfg
 from tests.registerlab import F_BASE, F_HIGH, F_NEEDS_BASE, F_PLAIN, SIZES, Lab
-from tests.virtiodriver import (
+from tools.viodriver.registers import (
     ACKNOWLEDGE,
     DRIVER,
     DRIVER_OK,

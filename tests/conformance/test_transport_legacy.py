@@ -14,7 +14,7 @@ from devices.features import (
 from devices.spec import Block, Legacy
 from devices.virtio import CommonCfg
 from tests.registerlab import F_BASE, F_NEEDS_BASE, F_PLAIN, SIZES, Lab
-from tests.virtiodriver import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, READY
+from tools.viodriver.registers import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, READY
 
 FEATURES = Block.LEGACY + 0
 DRIVER_FEATURES = Block.LEGACY + 4

@@ -8,9 +8,9 @@ from devices.features import F_EVENT_IDX, F_RING_PACKED, F_RING_RESET, F_VERSION
 from devices.guestmem import Region
 from devices.spec import QUEUE_SIZE_MAX, Block
 from devices.virtio import CommonCfg
-from tests.driver import open_driver
 from tests.registerlab import SIZES, Lab
-from tests.virtiodriver import VirtioDriver
+from tools.viodriver import open_driver
+from tools.viodriver.registers import VirtioDriver
 
 MIB = 1 << 20
 

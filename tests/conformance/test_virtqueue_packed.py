@@ -14,8 +14,8 @@ from devices.guestmem import GuestMemory
 from devices.packed import DESC_F_AVAIL, DESC_F_USED, MARKS, PLACE, WRAP
 from devices.virtqueue import VirtQueue, open_queue
 from tests.conformance.ring_lab import BASE, BUF, RAM, N, W, echo
-from tests.driver import PackedDriver, make_memory
 from tests.stores import Watch
+from tools.viodriver import PackedDriver, make_memory
 
 
 def make_driver(size: int = 8, features: int = 0) -> PackedDriver:

@@ -12,10 +12,10 @@ import pytest
 from config.errors import GuestError
 from devices.features import F_EVENT_IDX, F_INDIRECT_DESC
 from devices.guestmem import Region
-from devices.virtqueue import VirtQueue, open_queue
+from devices.virtqueue import QueueState, VirtQueue, open_queue
 from tests.conformance.ring_lab import BASE, BUF, RAM, W, refused
-from tests.driver import SplitDriver, make_memory
 from tests.stores import Watch
+from tools.viodriver import SplitDriver, make_memory
 
 if TYPE_CHECKING:
     from devices.guestmem import GuestMemory
@@ -143,6 +143,41 @@ def test_2_7_8_2_len_is_stored_before_the_index() -> None:
     queue.push_batch([(chain.head, 1) for chain in rest])
     assert [store.offset for store in watch.log].count(2) == 1
     assert (watch.log[-1].offset, watch.log[-1].value) == (2, 4)
+
+
+def test_2_7_8_2_many_entries_are_stored_before_the_index() -> None:
+    """§2.7.8.2: of a long batch, too, all entries come before the index."""
+    watch = Watch()
+    driver = SplitDriver(make_memory(RAM), 16, BASE, 0)
+    queue = driver.open_device()
+    for name in ("_used16", "_used32"):
+        setattr(queue, name, watch.view("used", getattr(queue, name)))
+    for _ in range(12):
+        driver.add([], [4])
+    queue.push_batch([(chain.head, 4) for chain in queue.pop_batch(12)])
+    assert {store.offset for store in watch.log[:-1]} == set(range(4, 4 + 8 * 12, 4))
+    assert (watch.log[-1].offset, watch.log[-1].width, watch.log[-1].value) == (2, 2, 12)
+
+
+@pytest.mark.parametrize("start", [0, 3, 16, 24, 65530])
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 16])
+def test_2_7_8_batches_of_all_lengths_at_all_places(start: int, count: int) -> None:
+    """§2.7.8: entries are where the index says, over the ring's end too, and nowhere else."""
+    memory = make_memory(RAM)
+    driver = SplitDriver(memory, 16, BASE, 0)
+    queue = driver.open_device()
+    driver.start_at(start)
+    queue.load(QueueState(start, start))
+    memory.write(driver.used_gpa + 4, b"\xee" * 8 * 16)
+    heads = [5 * n % 16 for n in range(count)]
+    for head in heads:
+        driver.desc(head, BUF, 100, W)
+        driver.offer(head)
+    queue.push_batch([(chain.head, 0xFFFF_FF00 + n) for n, chain in enumerate(queue.pop_batch(16))])
+    assert list(driver.used()) == [(head, 0xFFFF_FF00 + n) for n, head in enumerate(heads)]
+    untouched = memory.read(driver.used_gpa + 4, 8 * 16).count(b"\xee" * 8)
+    assert untouched == 16 - count
+    assert queue.nr_in_flight == 0
 
 
 def test_2_7_8_used_entry_names_head_and_length(driver: SplitDriver, queue: VirtQueue) -> None:

@@ -31,13 +31,13 @@ from devices.blkreq import BLK_F_FLUSH, HEADER, S_UNSUPP, SEGMENT, T_DISCARD, T_
 from devices.features import F_INDIRECT_DESC, F_RING_PACKED, F_VERSION_1
 from devices.raw import Raw
 from devices.vioblk import Vioblk
-from tests.driver import NoRoomError, make_memory, open_driver
 from tests.rng import seeded
+from tools.viodriver import NoRoomError, make_memory, open_driver
 
 if TYPE_CHECKING:
     from random import Random
 
-    from tests.driver import PackedDriver, SplitDriver
+    from tools.viodriver import PackedDriver, SplitDriver
 
 NR_SECTORS: Final = 64
 TYPES: Final = (0, 1, 4, 5, 8, 11, 13, 2, 3, 14, 0x8000_0000, 0xFFFF_FFFF)

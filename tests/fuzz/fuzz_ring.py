@@ -30,8 +30,8 @@ from devices.features import (
 from devices.guestmem import Region
 from devices.inflight import inflight_bytes
 from devices.virtqueue import QueueState, VirtQueue, open_queue
-from tests.driver import make_memory
 from tests.rng import seeded
+from tools.viodriver import make_memory
 
 if TYPE_CHECKING:
     from random import Random

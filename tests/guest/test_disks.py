@@ -66,7 +66,7 @@ def jailed(vm: GuestVm) -> None:
     """Check that every device is served by a process that has nothing."""
     with QmpClient(f"{vm.directory}/control.sock") as client:
         devices = client.call("x-pyvmd-info")["devices"]
-    assert [row["name"] for row in devices] == ["viornd", "vioblk0", "vioblk1"]
+    assert [row["name"] for row in devices] == ["viornd", "vioblk0", "vioblk1", "vmmci"]
     for row in devices:
         with open(f"/proc/{row['pid']}/status", encoding="ascii") as status:
             facts = dict(

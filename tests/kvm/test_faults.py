@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,12 @@ import pytest
 from config.errors import ConfigError, HostError, KvmError
 from config.model import BootConfig, VmConfig
 from devices.loop import Loop
+from tests.descriptors import count_before
 from tests.guestvm import TREE, GuestVm, pyvmctl
 from tests.kvm.lab import GUESTS
 from vmm import checks, kvm, kvmabi
 from vmm.boot import open_images
+from vmm.control import CLIENTS
 from vmm.kvmabi import Cap
 from vmm.machine import Machine
 from vmm.qmpclient import QmpClient
@@ -108,7 +113,7 @@ def test_more_vcpus_than_kvm_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     """More vCPUs than KVM's limit are refused, the limit named, and no descriptor leaks."""
     monkeypatch.setattr(kvm.System, "max_vcpus", property(lambda self: 2))
     boot = BootConfig(kernel=os.path.join(GUESTS, "ports.bin"))
-    before = len(os.listdir("/proc/self/fd"))
+    before = count_before()
     loop = Loop()
     with (
         open_images(boot) as images,
@@ -162,6 +167,45 @@ def test_name_is_taken(start_vm: Callable[[dict[str, Any]], GuestVm]) -> None:
     assert vm.status()["state"] == "running"
 
 
+def test_starts_that_race(runtime_dir: str) -> None:
+    """One wins and runs; the others say who has the VM, or is about to, and leave nothing."""
+    words = [sys.executable, "-m", "vmm.cli", "start", write_yaml(runtime_dir)]
+    racers = [
+        subprocess.Popen(words, cwd=TREE, stderr=subprocess.PIPE, text=True) for _ in range(4)
+    ]
+    said = [racer.communicate(timeout=120)[1] for racer in racers]
+    try:
+        assert sorted(racer.returncode for racer in racers) == [0, 1, 1, 1], said
+        lost = [text for text, racer in zip(said, racers, strict=True) if racer.returncode]
+        wanted = r"pyvmctl: VM vm is (already running|being started or ended) .*\(.*\)\n"
+        assert all(re.fullmatch(wanted, text) for text in lost), lost
+        facts = json.loads(pyvmctl("status", "--json").stdout)
+        assert [(vm["name"], vm["state"]) for vm in facts] == [("vm", "running")]
+    finally:
+        assert pyvmctl("kill", "vm").returncode == 0
+    assert pyvmctl("forget", "-a").returncode == 0
+    assert left_behind(runtime_dir) == []
+
+
+def test_a_flooded_control_socket(start_vm: Callable[[dict[str, Any]], GuestVm]) -> None:
+    """A process takes all the places there are and never stops asking; another is served."""
+    vm = start_vm({"name": "vm", "memory": "16M", "boot": {"kernel": HELLO}})
+    path = f"{vm.directory}/control.sock"
+    with ExitStack() as opened:
+        clients = [opened.enter_context(QmpClient(path)) for _ in range(CLIENTS)]
+        for client in clients:
+            client._socket.setblocking(False)
+            with suppress(BlockingIOError):
+                while client._socket.send(b'{"execute":"query-commands"}\n' * 1000):
+                    pass  # until neither side takes any more
+        for verb in ("pause", "unpause", "reset", "kill"):
+            done = pyvmctl(verb, "vm")
+            assert done.returncode == 0, done.stderr
+    assert f"uid {os.geteuid()}, process {os.getpid()}, has to make room" in vm.log()
+    assert "forced to terminate" in done.stderr
+    assert json.loads(pyvmctl("wait", "--json", "vm").stdout)["exit"]["how"] == "forced"
+
+
 def test_internal_error(runtime_dir: str, tmp_path: Path) -> None:
     """A guest that KVM cannot run ends its VM; the log names the place."""
     code = bytearray(Path(GUESTS, "storm.bin").read_bytes())
@@ -192,13 +236,13 @@ def test_device_process_killed(start_vm: Callable[[dict[str, Any]], GuestVm]) ->
     vm = start_vm({"name": "vm", "memory": "16M", "boot": {"kernel": HELLO}})
     vm.console.expect("hello>")
     with QmpClient(f"{vm.directory}/control.sock") as client:
-        (rng,) = client.call("x-pyvmd-info")["devices"]
+        rng, _ = client.call("x-pyvmd-info")["devices"]
         assert (rng["name"], rng["state"]) == ("viornd", "running")
         os.kill(rng["pid"], signal.SIGKILL)
         event = next(event for event in client.events(10) if "DEVICE" in event["event"])
         assert event["data"]["device"] == "viornd"
         assert f"process {rng['pid']} killed by signal 9" in event["data"]["reason"]
-        (rng,) = client.call("x-pyvmd-info")["devices"]
+        rng, _ = client.call("x-pyvmd-info")["devices"]
         assert rng["state"] == "lost"
     assert "vm/viornd: device lost" in vm.log()
     vm.console.send("help\r")

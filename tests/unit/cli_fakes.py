@@ -11,7 +11,7 @@ import signal
 from typing import TYPE_CHECKING, Any, Final
 
 from devices.loop import READ, Loop
-from vmm import cli, log
+from vmm import cli, log, vm
 from vmm.console import Console
 from vmm.control import Control
 from vmm.rundir import RunDir
@@ -33,6 +33,7 @@ class FakeOperations:
     def __init__(self, rundir: RunDir, end: Callable[[int], None], answers: dict[str, Any]) -> None:
         self.name, self._rundir, self._end, self._answers = rundir.name, rundir, end, answers
         self._status = "running"
+        self.emit: Callable[..., None] = lambda name, data: None
 
     def status(self) -> str:
         return self._status
@@ -51,11 +52,10 @@ class FakeOperations:
 
     def reset(self, cause: str) -> None:
         self._note(f"reset {cause}")
+        self.emit("RESET", {"guest": False, "reason": cause})
 
     def power_button(self) -> None:
         self._note("power button")
-        if "power_button" in self._answers:
-            self._end(self._answers["power_button"])
 
     def ctrl_alt_del(self) -> None:
         self._note("ctrl-alt-del")
@@ -63,8 +63,24 @@ class FakeOperations:
     def send_break(self) -> None:
         self._note("break")
 
-    def set_device(self, device: str, setting: str, value: Any) -> Any:
+    def set_device(self, device: str, setting: str, value: Any, fd: int = -1) -> Any:
         self._note(f"{device}: {setting} = {value!r}")
+        return self._answers.get("settings", {}).get(setting)
+
+    def ask(self, goal: str) -> dict[str, Any]:
+        self._note(f"ask {goal}")
+        if goal == "stop" and "obeys" in self._answers:
+            self._end(self._answers["obeys"])
+        if goal == "reboot" and "reboots" in self._answers:
+            self.emit(*self._answers["reboots"])
+        return {"again": False, "goal": goal, "way": "vmmci", "state": "asked"}
+
+    def move_tray(
+        self, device: str, action: str, *, force: bool = False, fd: int = -1, path: str = ""
+    ) -> Any:
+        disc = os.path.basename(os.readlink(f"/proc/self/fd/{fd}")) if fd >= 0 else ""
+        self._note(f"{device}: {action} {disc} {path} {force}")
+        return self._answers.get("tray", {"medium": path or None, "tray_open": not path})
 
     def quit(self, cause: str) -> None:
         self._note(f"quit {cause}")
@@ -81,7 +97,12 @@ class FakeVm:
     def __init__(self, name: str = "web", **answers: Any) -> None:
         """`deaf`: sockets there, nobody serves them. `stubborn`: ignores quit and SIGTERM.
 
-        `power_button`: ends with that status when pressed. `info`: more facts of x-pyvmd-info.
+        `obeys`: ends with that status when asked to stop. `reboots`: the event and its data that
+        follow when it is asked to reboot. `exit`: more facts of its end. `info`: those of
+        x-pyvmd-info.
+        `settings`: the answers to settings of devices, by name.
+        `owner`: whose it is, and whose the process becomes.
+        `tray`: the answer to what is done to the CD-ROM drive.
         `echo`: the console sends back what it gets, and ends the VM on "poweroff".
         """
         ready, tell = os.pipe()
@@ -101,18 +122,20 @@ class FakeVm:
         null = os.open(os.devnull, os.O_RDWR)
         for fd in range(3):
             os.dup2(null, fd)
-        rundir = RunDir(name)
+        rundir = RunDir(name, answers.get("owner"))
         rundir.take()
         log.setup(rundir.vm_log, vm=name)
         loop = Loop()
 
         def end(status: int) -> None:
-            rundir.write_exit({"reason": "host-qmp-quit", "status": status, "guest": False})
+            facts = {"reason": "host-qmp-quit", "status": status, "guest": False}
+            rundir.write_exit({**facts, **answers.get("exit", {})})
             loop.stop()
 
         operations = FakeOperations(rundir, end, answers)
-        allowed = rundir.permitted
-        control = Control(loop, rundir.listen_control(), operations, allowed)
+        permitted = rundir.permitted
+        control = Control(loop, rundir.listen_control(), operations, permitted)
+        operations.emit = control.emit
 
         def typed(data: bytes) -> int:
             console.output(data)
@@ -120,9 +143,12 @@ class FakeVm:
                 end(answers.get("status", 0))
             return len(data)
 
-        console = Console(
-            loop, rundir.listen_console(), rundir.console_log, typed, rundir.permitted
-        )
+        console = Console(loop, rundir.listen_console(), rundir.console_log, typed, permitted)
+        if "owner" in answers:
+            vm.give(rundir)
+            os.setgroups([])
+            os.setresgid(*[rundir.owner.gid or rundir.owner.uid] * 3)
+            os.setresuid(*[rundir.owner.uid] * 3)
         rundir.running({**CONFIG, "name": name, **answers.get("config", {})})
         if answers.get("stubborn"):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)

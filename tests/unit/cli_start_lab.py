@@ -5,6 +5,7 @@ The runtime directory, the processes, the pipe between them and the signals are 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from typing import TYPE_CHECKING, Final
@@ -47,6 +48,7 @@ class StartLab:
         self.yaml.write_text(YAML)
         self._monkeypatch, self._capsys = monkeypatch, capsys
         monkeypatch.setenv("PYVMD_RUNTIME_DIR", str(self.root))
+        self._before = children()
         self.out = self.err = ""
 
     def vm_is(self, run: Run) -> None:
@@ -55,8 +57,12 @@ class StartLab:
 
     def __call__(self, *words: str) -> int:
         """Run `pyvmctl start`; its exit status."""
+        return self.run("start", *words)
+
+    def run(self, *words: str) -> int:
+        """Run pyvmctl with these words; its exit status."""
         try:
-            return cli.main(["start", *words])
+            return cli.main(words)
         finally:
             self.out, self.err = self._capsys.readouterr()
 
@@ -69,19 +75,31 @@ class StartLab:
         return survey.lookup(name).pid
 
     def nothing_left(self) -> bool:
-        """Whether no directory of a VM and no child of ours is there."""
-        with pytest.raises(ChildProcessError):
-            os.waitpid(-1, os.WNOHANG)
+        """Whether no directory of a VM and no child of this test is there."""
+        assert self.children() == set()
         return [name for name in os.listdir(self.root) if not name.startswith(".")] == []
+
+    def children(self) -> set[int]:
+        """Our children, dead ones too, but for those that were there before this test."""
+        return children() - self._before
+
+
+def children() -> set[int]:
+    """The children of this process."""
+    found = set()
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as file:
+            if int(file.read().rpartition(")")[2].split()[1]) == os.getpid():
+                found.add(int(name))
+    return found
 
 
 def runs(config: VmConfig, rundir: RunDir, report: Report) -> int:
     """Start well and run until SIGTERM."""
-    ended, end = os.pipe()
-    signal.signal(signal.SIGTERM, lambda *_: os.write(end, b"!") and None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # or one could come unseen
     rundir.running({"name": config.name, "vcpus": 1, "memory": 1 << 20})
     report(None)
-    os.read(ended, 1)
+    signal.sigwait({signal.SIGTERM})
     rundir.write_exit({"reason": "host-signal", "status": 0})
     return 0
 

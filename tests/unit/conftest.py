@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,21 @@ import pytest
 
 from tests.unit.cli_fakes import FakeVm, Pyvmctl
 from tests.unit.cli_start_lab import StartLab
+from tests.unit.image_lab import MIB, fill, pattern, qemu_img, raw
 from vmm import daemon, log, survey, verb_control, verb_status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def others_garbage_kept() -> Iterator[None]:
+    """Only what these tests leave is collected: other tests' takes long, and has descriptors."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -53,18 +64,45 @@ def lab(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[StartLab]:
     """A place to start VMs in; what still runs at the end is killed."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    deadly = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in deadly}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job may have it ignored
     monkeypatch.setattr(daemon, "CANCEL_SECONDS", 0.5)
     made = StartLab(tmp_path, monkeypatch, capsys)
     yield made
     for info in survey.survey():
         if info.pid:
             os.kill(info.pid, signal.SIGKILL)
-    while True:
-        try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            break
+    for child in made.children():
+        os.waitpid(child, 0)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     log.setup(stderr=True)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty directory to work in."""
+    place = tmp_path / "here"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    return place
+
+
+@pytest.fixture
+def chain(here: Path) -> bytes:
+    """Make a.qcow2 on b.qcow2 on c.raw, each with data of its own; what a guest reads."""
+    raw("c.raw", 6 * MIB)
+    fill("c.raw", (0, 3 * MIB, 1), kind="raw")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", "c.raw", "-F", "raw", "b.qcow2", "8M")
+    fill("b.qcow2", (MIB, MIB, 2), (7 * MIB, 1000, 3))
+    qemu_img("create", "-q", "-f", "qcow2", "-b", "b.qcow2", "-F", "qcow2", "a.qcow2", "10M")
+    fill("a.qcow2", (MIB + 512, 512, 5), (9 * MIB, 100_000, 6))
+    return pattern(
+        10 * MIB,
+        (0, 3 * MIB, 1),
+        (MIB, MIB, 2),
+        (7 * MIB, 1000, 3),
+        (MIB + 512, 512, 5),
+        (9 * MIB, 100_000, 6),
+    )

@@ -38,13 +38,7 @@ class Guest:
     def __init__(self) -> None:
         self.pio, self.mmio = Bus("port"), Bus("address")
         self.reset_control = Registers()
-        self.pam: list[tuple[int, int]] = []
-        self.bus = PciBus(
-            self.pio,
-            self.mmio,
-            self.reset_control,
-            lambda index, value: self.pam.append((index, value)),
-        )
+        self.bus = PciBus(self.pio, self.mmio, self.reset_control)
 
     def select(self, slot: int, offset: int) -> int:
         """Write the address register; returns the port of the byte."""

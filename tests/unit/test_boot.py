@@ -27,7 +27,7 @@ EVERY_KIND = {
     "vmlinux": make.elf(),
     "multiboot-elf": make.multiboot_elf(),
     "multiboot-flat": make.multiboot_flat(),
-    "gzip": gzip.compress(make.pvh()),
+    "gzip": gzip.compress(make.pvh(), mtime=0),
 }
 
 
@@ -213,8 +213,8 @@ def test_pvh_wins_over_multiboot(guest: make.Guest) -> None:
         (make.multiboot_flat()[:50], ": its Multiboot header is cut off"),
         (b"\0" * 8180 + make.multiboot_header(0x10003, (0,) * 5), ": its Multiboot header is cut"),
         (b"\0" * 8192 + make.multiboot_header(), ""),
-        (gzip.compress(b"hello"), ""),
-        (gzip.compress(gzip.compress(make.bzimage())), ""),
+        (gzip.compress(b"hello", mtime=0), ""),
+        (gzip.compress(gzip.compress(make.bzimage(), mtime=0), mtime=0), ""),
     ],
 )
 def test_what_is_no_kernel(guest: make.Guest, data: bytes, looks_like: str) -> None:
@@ -233,10 +233,10 @@ def test_what_is_no_kernel(guest: make.Guest, data: bytes, looks_like: str) -> N
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (gzip.compress(make.bzimage())[:-20], "truncated: the gzip stream does not end"),
-        (gzip.compress(make.bzimage())[:5], "truncated: the gzip stream does not end"),
+        (gzip.compress(make.bzimage(), mtime=0)[:-20], "truncated: the gzip stream does not end"),
+        (gzip.compress(make.bzimage(), mtime=0)[:5], "truncated: the gzip stream does not end"),
         (b"\x1f\x8b\x08\0" + b"\xff" * 100, "damaged gzip stream"),
-        (gzip.compress(bytes(64 * make.MIB)), "unpacks to more than the 8 MiB of RAM"),
+        (gzip.compress(bytes(64 * make.MIB), mtime=0), "unpacks to more than the 8 MiB of RAM"),
     ],
 )
 def test_bad_gzip_is_refused(guest: make.Guest, data: bytes, message: str) -> None:

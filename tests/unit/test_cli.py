@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 GOLDEN: Final = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
 TOP: Final = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+ACTIONS: Final = [action.name for verb in cli.VERBS for action in cli.load(verb).actions.values()]
+
 
 def pyvmctl(*words: str, **how: Any) -> subprocess.CompletedProcess[str]:
     """Run the real command and return what it said."""
@@ -34,10 +36,12 @@ def pyvmctl(*words: str, **how: Any) -> subprocess.CompletedProcess[str]:
         ("start", "start"),
         ("stat", "status"),
         ("sto", "stop"),
-        ("c", "console"),
+        ("cons", "console"),
+        ("cr", "create"),
         ("un", "unpause"),
         ("sh", "status"),
         ("lis", "status"),
+        ("c", None),  # console, create
         ("l", None),  # log, ls, list
         ("st", None),
         ("p", None),  # pause, ps
@@ -66,15 +70,15 @@ def test_every_alias_leads_to_a_verb() -> None:
         assert cli.load(name).name == name
 
 
-@pytest.mark.parametrize("verb", [*cli.VERBS, ""])
+@pytest.mark.parametrize("verb", [*cli.VERBS, "", *ACTIONS])
 def test_help_is_what_was_reviewed(
     verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Help changes only on purpose: PYVMD_UPDATE_GOLDEN=1 writes it, and the diff is reviewed."""
     monkeypatch.setenv("COLUMNS", "80")
-    assert cli.main([verb, "--help"] if verb else ["--help"]) == 0
+    assert cli.main([*verb.split(), "--help"]) == 0
     text = capsys.readouterr().out
-    path = os.path.join(GOLDEN, f"help-{verb or 'pyvmctl'}.txt")
+    path = os.path.join(GOLDEN, f"help-{verb.replace(' ', '-') or 'pyvmctl'}.txt")
     if os.environ.get("PYVMD_UPDATE_GOLDEN"):
         os.makedirs(GOLDEN, exist_ok=True)
         with open(path, "w") as file:
@@ -98,7 +102,7 @@ def test_help_verb_is_the_same_as_the_option(capsys: pytest.CaptureFixture[str])
     [
         ([], "which verb?"),
         (["frobnicate"], "no verb 'frobnicate'"),
-        (["st"], "ambiguous: start, status, stop"),
+        (["st"], "ambiguous: start, stats, status, stop"),
         (["--json", "status"], "options come after the verb"),
         (["status", "--js"], "unrecognized arguments: --js"),  # long options do not abbreviate
         (["wait"], "the following arguments are required: NAME"),
@@ -125,9 +129,16 @@ def test_a_wrong_command_line_is_status_2(
 
 def test_options_and_names_mix() -> None:
     """Options may stand before, between and after names, as people type them."""
-    options = usage.parser(cli.load("stop")).parse_intermixed_args(["a", "-f", "b", "-w"])
+    options = usage.parser(cli.load("stop")).parse_words(["a", "-f", "b", "-w"])
 
     assert (options.names, options.force, options.wait) == (["a", "b"], True, True)
+
+
+def test_what_follows_two_dashes_is_no_option() -> None:
+    """`--` ends the options, whatever stands before it, so that any name can be given."""
+    options = usage.parser(cli.load("stop")).parse_words(["-w", "a", "--", "-f", "-1"])
+
+    assert (options.names, options.force, options.wait) == (["a", "-f", "-1"], False, True)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_console_of_a_stopped_vm(pyvmctl: Pyvmctl, fake_vm: Callable[..., FakeVm
     fake_vm().kill()
 
     assert pyvmctl("console", "web") == 1
-    assert pyvmctl.err == "pyvmctl: web: is not running\n"
+    assert pyvmctl.err == "pyvmctl: web: is not running ('pyvmctl start web' starts it)\n"
 
 
 def test_console_break_is_a_command(fake_vm: Callable[..., FakeVm], run_root: Path) -> None:

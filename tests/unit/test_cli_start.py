@@ -236,9 +236,15 @@ def test_owners() -> None:
     assert resolve(":root") == Owner(me, 0)
     assert user_name(0) == "root"
     assert user_name(4_000_000_000) == "4000000000"
-    for words in ("nobody-of-that-name", ":no-such-group"):
-        with pytest.raises(HostError, match="no such user or group"):
-            resolve(words)
+    for words, unknown, tool in (
+        ("nobody-of-that-name", "user 'nobody-of-that-name'", "useradd"),
+        (":no-such-group", "group 'no-such-group'", "groupadd"),
+        ("root:no-such-group", "group 'no-such-group'", "groupadd"),
+    ):
+        with pytest.raises(HostError) as caught:
+            resolve(words, "web")
+        remedy = f"{tool} makes one; a number needs no name"
+        assert str(caught.value) == f"web: owner '{words}': no {unknown} on this host ({remedy})"
 
 
 def test_an_owner_that_is_not_there_stops_the_start(lab: StartLab) -> None:
@@ -247,7 +253,7 @@ def test_an_owner_that_is_not_there_stops_the_start(lab: StartLab) -> None:
     lab.yaml.write_text(YAML + "owner: nobody-of-that-name\n")
 
     assert lab.start() == 1
-    assert "no such user or group" in lab.err
+    assert "web: owner 'nobody-of-that-name': no user 'nobody-of-that-name' on" in lab.err
     assert lab.nothing_left()
 
 

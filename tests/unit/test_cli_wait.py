@@ -30,7 +30,7 @@ def test_wait_gives_the_vms_own_status(
     status: int, pyvmctl: Pyvmctl, fake_vm: Callable[..., FakeVm]
 ) -> None:
     """0 for a clean end, a debug-exit guest's own code, also when the VM has ended before."""
-    fake_vm(power_button=status)
+    fake_vm(obeys=status)
     assert pyvmctl("stop", "web") == 0
 
     assert pyvmctl("wait", "--timeout", str(DEADLINE), "web") == status
@@ -115,6 +115,24 @@ def test_log_shows_both_parts_or_the_last_lines(
     assert pyvmctl.out == ""
 
 
+def test_log_json(pyvmctl: Pyvmctl, fake_vm: Callable[..., FakeVm], run_root: Path) -> None:
+    """The parts of each line; what is no line of ours is text."""
+    vm = fake_vm()
+    assert pyvmctl("pause", "web") == 0
+    vm.kill()
+    with open(run_root / "web" / "log", "a") as file:
+        file.write("now warning web/vioblk0: sector: 7\nno line of ours\n")
+    assert pyvmctl("log", "--json", "web") == 0
+    entries = [json.loads(line) for line in pyvmctl.out.splitlines()]
+    assert [set(entry) for entry in entries] == [{"time", "level", "who", "text"}] * 4
+    assert [tuple(entry.values())[1:] for entry in entries[1:]] == [
+        ("info", "web", "asked: pause"),
+        ("warning", "web/vioblk0", "sector: 7"),
+        ("", "", "no line of ours"),
+    ]
+    assert entries[0]["who"] == "web/control"
+
+
 def test_log_cannot_steer_the_terminal(
     pyvmctl: Pyvmctl, fake_vm: Callable[..., FakeVm], run_root: Path
 ) -> None:
@@ -162,6 +180,7 @@ def test_log_f_ends_with_the_vm(fake_vm: Callable[..., FakeVm], run_root: Path) 
     )
     assert cli.main(["pause", "web"]) == 0
     assert following.stdout is not None
+    assert " info web/control: stop, from uid " in following.stdout.readline()
     assert following.stdout.readline().endswith("asked: pause\n")
 
     assert cli.main(["stop", "-f", "web"]) == 0

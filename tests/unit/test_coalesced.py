@@ -79,6 +79,19 @@ def test_a_full_ring() -> None:
     assert lab.written == [b"x" * (SLOTS - 1)]
 
 
+def test_nobody_overtakes_what_is_handed_on() -> None:
+    """As long as bytes are on their way, the ring does not look empty to another vCPU."""
+    lab, looks = Lab(), []
+    lab.port = CoalescedPort(
+        PORT, lambda _data: looks.append(lab.page[:4] == lab.page[4:8]), lab._timer
+    )
+    lab.port.attach(lab.vm, memoryview(lab.page))  # type: ignore[arg-type]
+    lab.kernel_appends(b"first")
+    assert lab.port.drain()
+    assert looks == [False]
+    assert not lab.port.drain()
+
+
 def test_other_ports_are_skipped() -> None:
     """An entry of a port that is not ours is passed over."""
     lab = Lab()

@@ -12,9 +12,10 @@ from unittest.mock import patch
 
 import pytest
 
-from config.keys import NOT_BUILT, VM
+from config.keys import VM
 from config.reference import markdown
 from config.schema import json_schema
+from config.tables import NOT_BUILT
 
 ROOT = Path(__file__).resolve().parents[2]
 UPDATE = os.environ.get("PYVMD_UPDATE_GOLDEN") == "1"

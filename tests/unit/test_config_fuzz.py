@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import load
-from config.keys import NOT_BUILT, VM, Table
+from config.keys import VM
+from config.tables import NOT_BUILT, Table
 from tests.fuzz.fuzz_config import one_input
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def _names(table: Table) -> set[str]:
 
 
 WORDS = ["", "~", "k", "512M", "1M/s", "on", "2", "4096", "raw", "seabios", "disk", "-1", "1.5"]
+WORDS += ["fe:e1:bb:d1:0:1", "2222:22/tcp", "fd:5", "lan", "user", "100.64.0.0/10", "auto"]
 YAMLISH = ["&a x", "*a", "!!int 3", "|\n  x\n  y", ">-\n z", "'", '"\\0"', '"\\ud800"', "a:b", "é"]
 SCALARS = st.sampled_from(WORDS + YAMLISH)
 FLOW = st.recursive(

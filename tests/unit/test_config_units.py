@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config.units import MAX_SIZE, format_rate, format_size, parse_rate, parse_size
+from config.units import (
+    MAX_SIZE,
+    format_rate,
+    format_size,
+    format_time,
+    parse_rate,
+    parse_size,
+    parse_time,
+)
 
 
 @pytest.mark.parametrize(
@@ -91,3 +99,30 @@ def test_parse_rate_wants_a_size_per_second(text: str) -> None:
     """A rate without "/s", or without a good size before it, is refused."""
     with pytest.raises(ValueError, match=r"not a|may mean"):
         parse_rate(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds", "shown"),
+    [
+        ("30", 30, "30s"),
+        ("1.5", 1.5, "1.5s"),
+        ("90s", 90, "90s"),
+        ("0.1s", 0.1, "0.1s"),
+        ("5m", 300, "5m"),
+        ("2h", 7200, "2h"),
+        ("120", 120, "2m"),
+        ("0", 0, "0s"),
+    ],
+)
+def test_times_are_read_and_shown(text: str, seconds: float, shown: str) -> None:
+    """Seconds unless a unit says otherwise; what is shown reads back as the same."""
+    assert parse_time(text) == seconds
+    assert format_time(seconds) == shown
+    assert parse_time(shown) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "s", "-1", "1e3", "1.2.3", "3 s", "٣", "9" * 30, "inf"])
+def test_what_is_no_time(text: str) -> None:
+    """Anything else is refused."""
+    with pytest.raises(ValueError, match="not a time"):
+        parse_time(text)

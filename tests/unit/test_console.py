@@ -328,7 +328,7 @@ def test_a_viewer_that_stops_typing_may_go_on_watching(served: Served) -> None:
     turn(served.loop, 3)
     served.print(b"hello")
     assert take(viewer) == b"hello"
-    assert served.loop._epoll.poll(0) == []
+    until(served.loop, lambda: not served.loop._epoll.poll(0))  # but for a timer of the console's
     viewer.close()
     until(served.loop, lambda: not served.console.viewers)
 
@@ -354,6 +354,20 @@ def test_the_number_of_viewers_is_limited(served: Served) -> None:
     until(served.loop, lambda: served.console.viewers == console.VIEWERS - 1)
     served.viewer()
     assert served.console.viewers == console.VIEWERS
+
+
+def test_one_who_takes_every_place_keeps_nobody_else_out(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user gets the place of the oldest."""
+    viewers = [served.viewer() for _ in range(console.VIEWERS)]
+    monkeypatch.setattr(sockets, "peer_of", lambda _sock: sockets.Peer(1, 0, 1, ()))
+    other = served.viewer()
+    turn(served.loop, 3)
+    served.print(b"hello")
+    until(served.loop, lambda: take(other) == b"hello")
+    assert at_end(viewers[0])
+    assert take(viewers[1]) == b"hello"
 
 
 def test_the_log_is_two_bounded_files(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

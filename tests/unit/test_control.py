@@ -17,6 +17,7 @@ from tests.unit.turning import at_end, take, turn, until
 from vmm import control, qmp, qmpsession, safefile, sockets
 from vmm.control import COMMANDS, Command, Control
 from vmm.qmpsession import Later
+from vmm.sockets import Peer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,8 +62,19 @@ class FakeVm:
     def send_break(self) -> Later | None:
         return self._note("break")
 
-    def set_device(self, device: str, setting: str, value: Any) -> Any:
-        return self._note(f"{device}: {setting} = {value!r}")
+    def set_device(self, device: str, setting: str, value: Any, fd: int = -1) -> Any:
+        passed = "" if fd < 0 else f" with {os.path.basename(os.readlink(f'/proc/self/fd/{fd}'))}"
+        return self._note(f"{device}: {setting} = {value!r}{passed}")
+
+    def ask(self, goal: str) -> dict[str, Any]:
+        self._note(f"ask {goal}")
+        return {"goal": goal, "state": "asked"}
+
+    def move_tray(
+        self, device: str, action: str, *, force: bool = False, fd: int = -1, path: str = ""
+    ) -> Any:
+        disc = os.path.basename(os.readlink(f"/proc/self/fd/{fd}")) if fd >= 0 else ""
+        return self._note(f"{device}: {action} {disc} {path} {force}")
 
     def quit(self, cause: str) -> Later | None:
         return self._note(f"quit {cause}")
@@ -322,9 +334,33 @@ def test_clients_that_say_nothing_do_not_keep_others_out(served: Served) -> None
     working = [served.client() for _ in range(control.CLIENTS)]
     assert all(client.thrown_out() for client in silent)
     late = served.client(negotiate=False)
-    assert "too many clients" in late.next()["error"]["desc"]
+    assert "32 clients are connected" in late.next()["error"]["desc"]
     assert working[0].call("query-name")["return"] == {"name": "web"}
     assert served.control.clients == control.CLIENTS
+
+
+@pytest.mark.parametrize("other", [Peer(1, 0, os.getpid(), ()), Peer(os.geteuid(), 0, 1, ())])
+def test_one_who_takes_every_place_keeps_nobody_else_out(
+    other: Peer, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user, or another process of the same one, gets the place of his oldest client."""
+    many = [served.client() for _ in range(control.CLIENTS)]
+    monkeypatch.setattr(sockets, "peer_of", lambda _sock: other)
+    assert served.client().call("query-name")["return"] == {"name": "web"}
+    assert many[0].thrown_out()
+    assert many[1].call("query-name")["return"] == {"name": "web"}
+    assert served.control.clients == control.CLIENTS
+
+
+def test_the_log_says_who_wanted_it(served: Served, capfd: pytest.CaptureFixture[str]) -> None:
+    """For what changes the VM's life, also where it changes nothing; not for questions."""
+    client = served.client()
+    for name in ("stop", "query-status", "x-pyvmd-stop", "x-pyvmd-info", "quit"):
+        client.call(name)
+    lines = capfd.readouterr().err.splitlines()
+    who = f"from uid {os.geteuid()}, process {os.getpid()}"
+    told = ("stop", "x-pyvmd-stop", "quit")
+    assert [line.split(": ", 1)[1] for line in lines] == [f"{name}, {who}" for name in told]
 
 
 def test_a_flood_of_commands_lets_others_in_between(served: Served) -> None:

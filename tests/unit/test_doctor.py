@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from config.errors import HostError
-from vmm import checks, cli, doctor, kvm, probe
+from vmm import checks, cli, doctor, firmware, kvm, probe
 from vmm.checks import Check
 
 if TYPE_CHECKING:
@@ -29,7 +29,11 @@ KEYS: Final = [
     "groups",
     "runtime_directory",
     "tun",
+    "nft",
+    "passt",
+    "net_admin",
     "vhost_net",
+    "seabios",
     "landlock",
     "seccomp",
     "user_namespaces",
@@ -217,6 +221,22 @@ def test_a_forbidden_device_names_its_group(
 
     assert check.state == "warn"
     assert check.remedy.startswith("usermod -aG ")
+
+
+def test_seabios(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where it is, or the package to install; a damaged one is a warning too."""
+    path = tmp_path / "bios.bin"
+    monkeypatch.setattr(firmware, "SEABIOS_PATHS", (str(path),))
+    check = doctor.seabios()
+    assert (check.state, check.remedy, check.value) == ("warn", "apt-get install seabios", "")
+
+    path.write_bytes(b"half of it")
+    check = doctor.seabios()
+    assert check.state == "warn"
+    assert "no multiple of 64 KiB" in check.text
+
+    path.write_bytes(bytes(65536 - 16) + b"\xea" + bytes(15))
+    assert doctor.seabios() == Check("ok", str(path), value=str(path))
 
 
 def test_seccomp_needs_the_kill_action(tmp_path: Path) -> None:

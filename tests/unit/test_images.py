@@ -1,4 +1,4 @@
-"""vmm.images: opening and locking disk images, and what is said when that cannot be."""
+"""devices.images: opening and locking disk images, and what is said when that cannot be."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import socket
+import subprocess
 from contextlib import contextmanager
 from struct import pack
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,11 @@ import pytest
 
 from config.errors import ConfigError, HostError
 from config.model import DiskConfig
+from devices import images, imageuser
 from devices.title import set_title
+from tests.descriptors import count_before
 from tests.loopdev import loop_device
-from vmm import images
+from tests.qcow2lab import needs_qemu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -98,7 +101,7 @@ def test_a_missing_image(tmp_path: Path, open_disk: Callable[..., int]) -> None:
     ) as e:
         open_disk(tmp_path / "no.img")
 
-    assert "truncate" in e.value.hint
+    assert "pyvmctl create" in e.value.hint
 
 
 def test_an_image_without_permission(image: Path, open_disk: Callable[..., int]) -> None:
@@ -165,14 +168,10 @@ def test_one_block_is_a_disk(image: Path, open_disk: Callable[..., int]) -> None
 
 
 def test_the_format_is_never_guessed(image: Path, open_disk: Callable[..., int]) -> None:
-    """A guest's forged qcow2 header in a raw image is data; qcow2 by name is another matter."""
+    """A guest's forged qcow2 header in a raw image is data."""
     image.write_bytes(b"QFI\xfb" + bytes(8188))
+
     open_disk(image)
-
-    with pytest.raises(ConfigError, match="qcow2 images cannot be used yet") as error:
-        open_disk(image, format="qcow2")
-
-    assert "qemu-img convert" in error.value.hint
 
 
 def test_a_file_system_without_direct_io(
@@ -226,7 +225,7 @@ def test_one_writer(image: Path, open_disk: Callable[..., int]) -> None:
     open_disk(image)
 
     for readonly in (False, True):
-        with pytest.raises(HostError, match="in use: it is another disk of this VM"):
+        with pytest.raises(HostError, match="in use: another disk of this VM has it"):
             open_disk(image, readonly=readonly)
 
 
@@ -269,12 +268,66 @@ def test_the_lock_covers_what_the_image_grows_by(
 def test_a_refused_image_is_closed_again(image: Path, open_disk: Callable[..., int]) -> None:
     """Every error leaves no descriptor behind."""
     open_disk(image)
-    before = len(os.listdir("/proc/self/fd"))
+    before = count_before()
 
     with pytest.raises(HostError):
         open_disk(image)
 
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@contextmanager
+def qemu_has(image: Path, *, write: bool) -> Iterator[int]:
+    """QEMU's tool has the image open, to write or to read; its pid."""
+    words = ["qemu-io", *([] if write else ["-r"]), "-f", "raw", str(image)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as qemu:
+        assert qemu.stdin is not None
+        assert qemu.stdout is not None
+        try:
+            qemu.stdin.write("read 0 512\n")
+            qemu.stdin.flush()
+            assert "read 512/512" in qemu.stdout.readline()
+            yield qemu.pid
+        finally:
+            qemu.stdin.close()
+            qemu.wait(60)
+
+
+@needs_qemu
+def test_an_image_that_qemu_writes_to(image: Path, open_disk: Callable[..., int]) -> None:
+    """It is nobody else's, not even to be read, and what has it is named."""
+    with qemu_has(image, write=True) as pid:
+        for readonly in (False, True):
+            with pytest.raises(HostError, match=rf"in use: process {pid} \(qemu-io"):
+                open_disk(image, readonly=readonly)
+        with image.open("rb") as file:
+            assert imageuser.locked(file.fileno()) == "writes"
+    open_disk(image)
+
+
+@needs_qemu
+def test_an_image_that_qemu_reads(image: Path, open_disk: Callable[..., int]) -> None:
+    """It can be read here as well, by any number, and not be written to."""
+    with qemu_has(image, write=False):
+        with pytest.raises(HostError, match="in use"):
+            open_disk(image)
+        open_disk(image, readonly=True)
+        open_disk(image, readonly=True)
+        with image.open("rb") as file:
+            assert imageuser.locked(file.fileno()) == "reads"
+
+
+@needs_qemu
+@pytest.mark.parametrize("readonly", [False, True])
+def test_qemu_keeps_out(image: Path, open_disk: Callable[..., int], readonly: bool) -> None:
+    """Of an image that is written to here altogether; of one that is read it stays a reader."""
+    open_disk(image, readonly=readonly)
+    for command, allowed in (("read 0 512", readonly), ("write 0 512", False)):
+        words = ["qemu-io", *(["-r"] if "read" in command else []), "-f", "raw"]
+        done = subprocess.run(
+            [*words, "-c", command, str(image)], check=False, capture_output=True, text=True
+        )
+        assert ("lock" not in done.stderr) == allowed, done.stderr
 
 
 @contextmanager
@@ -330,7 +383,7 @@ def test_a_block_device_is_a_disk(tmp_path: Path, open_disk: Callable[..., int])
         fd = images.open_disk(DiskConfig(path=path, format="raw"), "vioblk0")
         try:
             assert os.pwrite(fd, b"x" * 512, 0) == 512
-            with pytest.raises(HostError, match="in use: it is another disk of this VM"):
+            with pytest.raises(HostError, match="in use: another disk of this VM has it"):
                 open_disk(path)
         finally:
             os.close(fd)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from config.errors import HostError, KvmError
+from tests.descriptors import count_before
 from tests.unit.fake_vm import FakeVm
 from tests.unit.interrupt_lab import ENABLE, FUNCTION_MASK, MASTER, Lab
 from tests.unit.pci_guest import card
@@ -253,9 +254,11 @@ def test_close_frees_descriptors_and_gsis(lab: Lab) -> None:
 
 def test_running_out_of_descriptors_is_a_clean_error() -> None:
     """What was opened before the failure is closed again."""
-    before = len(os.listdir("/proc/self/fd"))
+    taken = {int(fd) for fd in os.listdir("/proc/self/fd")}
+    before = len(taken)
+    room_for_ten = sorted(set(range(before + 11)) - taken)[10]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 10, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (room_for_ten, hard))
     try:
         with pytest.raises(HostError, match="card: eventfd"):
             Interrupts(card(), Router(FakeVm()), 64, 5, lambda: False)
@@ -267,7 +270,7 @@ def test_running_out_of_descriptors_is_a_clean_error() -> None:
 def test_running_out_of_routes_is_a_clean_error() -> None:
     """A device that does not fit gives back the GSIs it got."""
     router = Router(FakeVm(), max_routes=42)
-    before = len(os.listdir("/proc/self/fd"))
+    before = count_before()
     with pytest.raises(HostError, match="no interrupt route left"):
         Interrupts(card(), router, 2, 5, lambda: False)
     assert len(os.listdir("/proc/self/fd")) == before
@@ -302,3 +305,18 @@ def test_a_refusal_of_kvm_is_an_error_of_the_host(lab: Lab) -> None:
     with pytest.raises(KvmError):
         lab.mask(0, False)
     lab.vm.adversary = lambda: None
+
+
+def test_who_must_know_is_told_of_msix(lab: Lab) -> None:
+    """Once when it is switched on, once when it goes: by the guest, or with everything."""
+    told: list[bool] = []
+    lab.interrupts.on_msix = told.append
+    lab.use_msix()
+    lab.mask(0)
+    lab.control(ENABLE | FUNCTION_MASK)
+    assert told == [True]
+    lab.control(0)
+    assert told == [True, False]
+    lab.control(ENABLE)
+    lab.interrupts.reset()
+    assert told == [True, False, True, False]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from devices import policy, seccomp
 from devices.seccomp import KILL
+from devices.spec import SPECS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,9 +35,21 @@ def test_the_manual_has_the_tables() -> None:
 
 def test_every_condition_is_in_words() -> None:
     """A rule about arguments says in the manual what it wants of them."""
-    rows = (*policy.DEVICES.values(), policy.SPAWNER, policy.VM_PROCESS)
+    rows = (
+        *policy.DEVICES.values(),
+        policy.VHOST,
+        policy.SPAWNER,
+        policy.VM_PROCESS,
+        policy.CONNECTOR,
+    )
     for rule in (rule for row in rows for rule in row.calls):
         assert bool(rule.only) == bool(rule.args or rule.action != seccomp.ALLOW), rule
+
+
+def test_descriptors_can_come_where_there_is_room() -> None:
+    """A kind that can be given descriptors has the call for it, and no other kind has."""
+    takers = {kind for kind, row in policy.DEVICES.items() if set(policy.TAKES) <= set(row.calls)}
+    assert takers == {kind for kind, spec in SPECS.items() if spec.descriptors}
 
 
 def tables() -> str:
@@ -47,7 +60,15 @@ def tables() -> str:
         own = [rule for rule in row.calls if rule not in policy.BASE]
         total = len({rule.name for rule in row.calls})
         parts += [f"### {kind}: {total}, of them its own", listing(own), limits(row.limits)]
-    for title, row in (("The VM process", policy.VM_PROCESS), ("The spawner", policy.SPAWNER)):
+        parts.append(room(SPECS[kind].descriptors))
+    front = policy.VHOST
+    parts += ["### Behind a vhost-user socket, beside that", listing(front.calls)]
+    parts += [limits({**front.limits, "NOFILE": policy.VHOST_DESCRIPTORS})]
+    for title, row in (
+        ("The VM process", policy.VM_PROCESS),
+        ("The spawner", policy.SPAWNER),
+        ("The connector", policy.CONNECTOR),
+    ):
         count = len({rule.name for rule in row.calls})
         parts += [f"### {title}: {count}", listing(row.calls), limits(row.limits), files(row)]
         if row.otherwise != KILL:
@@ -73,6 +94,11 @@ def limits(found: dict[str, int]) -> str:
         for name, value in sorted(found.items())
     ]
     return f"Limits: {', '.join(words)}." if words else ""
+
+
+def room(descriptors: int) -> str:
+    """What NOFILE is raised for."""
+    return f"Room for {descriptors} descriptors that come while it runs." if descriptors else ""
 
 
 def files(row: Policy) -> str:

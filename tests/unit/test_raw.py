@@ -211,7 +211,7 @@ def test_an_image_is_not_cut(disk: Raw, image: Path) -> None:
     with pytest.raises(ConfigError, match=f"the image has {SIZE} bytes already") as error:
         disk.resize(SIZE - 512)
 
-    assert "truncate" in error.value.hint
+    assert "image resize --shrink" in error.value.hint
     assert image.stat().st_size == SIZE
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from config.errors import HostError, NoSuchVmError
 from vmm import runroot, safefile, sockets, survey
-from vmm.rundir import RunDir
+from vmm.rundir import LOCK_TRIES, NETWORK, RunDir, _ended
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -158,7 +158,8 @@ def test_of_many_starts_at_once_one_wins(root: Path) -> None:
 
     run_threads(racer, 8)
     assert len(won) == 1
-    assert set(lost) == {f"VM web is already running (pid {os.getpid()})"}
+    what = f"VM web is already running (pid {os.getpid()})"
+    assert set(lost) == {f"{what} ('pyvmctl stop web' stops it)"}
     won[0].discard()
     assert not (root / "web").exists()
 
@@ -412,6 +413,26 @@ def test_waiting_ends_with_the_vm(web: RunDir) -> None:
 
 
 @pytest.mark.timeout(20)
+def test_a_vm_that_was_started_again_has_ended(web: RunDir, root: Path) -> None:
+    """As a service that is restarted: who waits for the run before does not wait for this one."""
+    info = survey.wait_end("web", pid=os.getppid())
+    assert info is not None
+    assert (info.state, info.pid, info.exit) == ("stopped", 0, {"detail": survey.RESTARTED})
+
+    def again() -> None:  # this process had it, and now another one has
+        (root / "web" / "pid").write_text(f"{os.getppid()}\n")
+
+    assert survey.lookup("web").pid == os.getpid()
+    (root / "web" / "pid").write_text("999999999\n")  # one that cannot be waited for
+    starter = threading.Timer(0.05, again)
+    starter.start()
+    info = survey.wait_end("web")
+    starter.join()
+    assert info is not None
+    assert info.exit == {"detail": survey.RESTARTED}
+
+
+@pytest.mark.timeout(20)
 def test_waiting_is_not_misled_by_a_pid_used_anew(
     web: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -438,7 +459,7 @@ def test_an_owner_can_be_given_the_vm(web: RunDir) -> None:
     assert (directory.st_uid, directory.st_gid) == (4321, 8765)
     assert stat.S_IMODE(directory.st_mode) == 0o750
     assert stat.S_IMODE(control.st_mode) == 0o660
-    assert stat.S_IMODE(os.stat(f"{web.path}/vm.json").st_mode) == 0o600
+    assert stat.S_IMODE(os.stat(f"{web.path}/vm.json").st_mode) == 0o640
     peer = sockets.Peer(4321, 1, 1, ())
     assert web.permitted(peer)
     assert web.permitted(peer._replace(uid=5, groups=(8765,)))
@@ -491,3 +512,43 @@ def test_peer_credentials_come_from_the_kernel() -> None:
     assert set(peer.groups) == set(os.getgroups())
     ours.close()
     theirs.close()
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_start_waits_for_who_clears_away_after_a_kill(
+    web: RunDir, monkeypatch: pytest.MonkeyPatch, noted: bool
+) -> None:
+    """Until the lock is free: what was to be cleared away is gone from the notes before that."""
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    safefile.write_file("pid", b"%d\n" % pid, web.dir_fd)
+    if noted:
+        safefile.write_file(NETWORK, b"", web.dir_fd)
+    waits = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3 * LOCK_TRIES:
+            safefile.remove(NETWORK, web.dir_fd)
+            die(web)
+
+    monkeypatch.setattr("vmm.rundir.time.sleep", sleep)
+    again = RunDir("web")
+    again.take()
+    assert len(waits) == 3 * LOCK_TRIES
+    again.discard()
+
+
+def test_a_process_that_nobody_has_buried_has_ended() -> None:
+    """A VM killed a moment ago is no VM that runs, whether or not init has looked at it yet."""
+    assert not _ended(os.getpid())
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert _ended(pid)
+    os.waitpid(pid, 0)
+    assert _ended(pid)
+    assert _ended(0)

@@ -15,7 +15,7 @@ from devices import viodev
 from devices.guestmem import Region
 from devices.spec import SPECS
 from devices.viodev import ChannelError, ImsgType
-from tests.devicehost import DEADLINE, DeviceHost, facts, shared_spawner
+from tools.viodriver.private import DEADLINE, DeviceHost, facts, shared_spawner
 from vmm.launch import Order
 
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ def test_a_kind_that_is_not_there(spawner: Spawner) -> None:
 
 def test_a_kind_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its launch fails with the reason; other kinds do not suffer."""
-    specs = {**SPECS, "viotea": SPECS["viornd"]}
-    monkeypatch.setattr(spawner_module, "SPECS", specs)
+    monkeypatch.setitem(SPECS, "viotea", SPECS["viornd"])
     with shared_spawner() as spawner:
         with pytest.raises(HostError, match=r"No module named 'devices\.viotea'"):
             spawner.launch(Order("viotea", "viotea0", {}, (), {}), None)  # type: ignore[arg-type]

@@ -68,7 +68,9 @@ class Shell:
         if client == 0:
             os.setpgid(0, 0)
             os.tcsetpgrp(0, os.getpid())
-            signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+            # A job that a shell has put into the background has those of ^C and ^\\ ignored.
+            for number in (signal.SIGTTOU, signal.SIGINT, signal.SIGQUIT):
+                signal.signal(number, signal.SIG_DFL)
             sys.stderr = os.fdopen(2, "w", closefd=False)
             os.close(report)
             os.write(pids, os.getpid().to_bytes(4, "little"))

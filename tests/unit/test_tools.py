@@ -6,7 +6,9 @@ import os
 import runpy
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 from types import SimpleNamespace
 from typing import Any
 
@@ -100,23 +102,28 @@ def test_setup_installs_nothing_inside_a_kvmhost(tmp_path: Path) -> None:
 
 
 UNIT = ["tests/unit", "tests/conformance"]
+GUEST = {
+    f"guest-{path.stem.removeprefix('test_')}": [f"tests/guest/{path.name}"]
+    for path in Path(TREE, "tests/guest").glob("test_*.py")
+}
 
 
 @pytest.mark.parametrize(
     ("tiers", "kvm", "runs"),
     [
         (
-            {"check", "kvm", "guest"},
+            {"check", "kvm", "peers", "guest"},
             True,
-            {"check": UNIT, "kvm": ["tests/kvm"], "guest": ["tests/guest"]},
+            {"check": UNIT, "kvm": ["tests/kvm"], "peers": ["tests/peers"], **GUEST},
         ),
         (
-            {"check", "kvm", "guest"},
+            {"check", "kvm", "peers", "guest"},
             False,
-            {"check": UNIT, "guest": ["tests/kvm", "tests/guest"]},
+            {"check": UNIT, "kvm": ["tests/kvm"], "peers": ["tests/peers"], **GUEST},
         ),
         ({"unit"}, True, {"unit": UNIT}),
-        ({"guest"}, True, {"guest": ["tests/guest"]}),
+        ({"peers"}, False, {"peers": ["tests/peers"]}),
+        ({"guest"}, True, GUEST),
     ],
 )
 def test_no_tier_is_left_out(
@@ -128,7 +135,74 @@ def test_no_tier_is_left_out(
     planned = plan(tiers)
     assert {run.name: run.paths for run in planned} == runs
     for run in planned:
-        assert ("--no-skip" in run.command) == (run.name in {"kvm", "guest"})
+        assert ("--no-skip" in run.command) == (run.paths != UNIT)
+        native = run.name in ("check", "unit", "peers") or (kvm and run.name == "kvm")
+        assert ("tools/kvmhost" in run.command) != native
+        assert run.beside == run.name.startswith("guest-")
+
+
+def test_a_host_that_froze_is_begun_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Once, and in plain sight; whatever else a run ends with stands."""
+    test = load("test")
+    for codes, expected in (((123, 0), "0 passed, 0 failed"), ((123, 123), "0 passed, 1 failed")):
+        script = tmp_path / "host"
+        (tmp_path / "codes").write_text("\n".join(map(str, codes)))
+        script.write_text(
+            f"#!/bin/sh\ncd {tmp_path}; code=$(head -n 1 codes); sed -i 1d codes; exit $code\n"
+        )
+        script.chmod(0o700)
+        count = test["execute"](test["Run"]("frozen", [str(script)], []), [])
+        assert str(count).startswith(expected)
+        assert capfd.readouterr().out.count("again, on another emulated host") == 1
+
+
+def test_lines_of_what_runs_beside_others_are_marked(capfd: pytest.CaptureFixture[str]) -> None:
+    """Both outputs, with the name first; the status is the command's own."""
+    call = load("test")["call"]
+    assert call(["sh", "-c", "echo one; echo two >&2; exit 7"], "guest-disks| ") == 7
+    assert capfd.readouterr().out == "guest-disks| one\nguest-disks| two\n"
+
+
+def test_a_frozen_host_is_noticed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One without a pulse is ended, one whose pulse goes on is waited for, up to its timeout."""
+    kvmhost = load("kvmhost")
+    watch = kvmhost["watch"]
+    watch.__globals__.update(PULSE=0.05, FROZEN=0.3)
+    beat = f"""
+import runpy
+pulse = runpy.run_path("{TREE}/tools/kvmhost")["pulse"]
+pulse.__globals__["PULSE"] = 0.2
+pulse("{tmp_path}/pulse")
+"""
+    with subprocess.Popen(["sleep", "60"]) as host:
+        assert watch(host, str(tmp_path), None) == 123
+        assert "the host has frozen" in capfd.readouterr().err
+        with subprocess.Popen([sys.executable, "-c", beat]) as beating:
+            watch.__globals__["FROZEN"] = 60
+            while not (tmp_path / "pulse").exists():
+                assert watch(host, str(tmp_path), 0.1) == 124
+            watch.__globals__["FROZEN"] = 5
+            assert watch(host, str(tmp_path), 7) == 124
+            beating.kill()
+        host.kill()
+        assert watch(host, str(tmp_path), None) == 0
+
+
+def test_there_are_as_many_hosts_as_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more waits, says for whom, and goes on when that has ended."""
+    host_lock = load("kvmhost")["host_lock"]
+    inside = host_lock.__wrapped__.__globals__  # of the tool
+    said: Queue[str] = Queue()
+    inside.update(LOCK=f"{tmp_path}/lock", say=said.put)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    with ThreadPoolExecutor() as pool:
+        with host_lock(), host_lock():
+            third = pool.submit(lambda: host_lock().__enter__())
+            assert said.get(timeout=60) == f"waiting for a kvmhost to end: process {os.getpid()}"
+            assert not third.done()
+        third.result(60)
 
 
 def test_counts_come_from_pytests_report(tmp_path: Path) -> None:

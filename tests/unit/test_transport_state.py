@@ -15,7 +15,7 @@ from devices.spec import INFLIGHT_STRIDE, QUEUE_SIZE_MAX, Block
 from devices.viodev import CONFIG_CHANGE
 from devices.virtio import CommonCfg
 from tests.registerlab import Lab
-from tests.virtiodriver import NEEDS_RESET, READY
+from tools.viodriver.registers import NEEDS_RESET, READY
 
 
 @pytest.mark.parametrize("features", [0, F_EVENT_IDX, F_RING_PACKED])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from devices import uring
-from devices.uring import Ring, address
+from devices.uring import OP_READ, OP_WRITE, Ring, address
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -254,3 +254,56 @@ def test_another_error_is_raised(ring: Ring, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(OSError, match="Bad file descriptor"):
         ring.submit()
     ring._unsubmitted = 0
+
+
+def test_transfers_by_address(ring: Ring, fd: int) -> None:
+    """Many are handed over together, and beside those of the other kind."""
+    memory = mmap.mmap(-1, 16384)
+    view = memoryview(memory)
+    view[8192:8704] = b"w" * 512
+    hva = address(view)
+    assert not ring.has_results
+    ring.start(
+        fd,
+        [(1, OP_READ, hva, 4096, 512), (2, OP_WRITE, hva + 8192, 512, 4096), (3, OP_READ, 0, 1, 0)],
+    )
+    ring.write(4, fd, [view[8192:8704]], 8192, stable=True)
+    assert results(ring) == {1: 4096, 2: 512, 3: -errno.EFAULT, 4: 512}
+    assert bytes(view[:4096]) == (PATTERN * 2)[512:4608]
+    for offset in (4096, 8192):
+        assert os.pread(fd, 512, offset) == b"w" * 512
+    view.release()
+    memory.close()  # BufferError if the ring still held it
+
+
+def test_no_more_transfers_than_there_is_room(ring: Ring, fd: int) -> None:
+    """None of them is started then."""
+    memory = mmap.mmap(-1, 4096)
+    view = memoryview(memory)
+    read = OP_READ, address(view), 512, 0
+    with pytest.raises(BlockingIOError):
+        ring.start(fd, [(token, *read) for token in range(9)])
+    assert ring.nr_in_flight == 0
+    ring.start(fd, [(token, *read) for token in range(8)])
+    with pytest.raises(BlockingIOError):
+        ring.start(fd, [(8, *read)])
+    assert results(ring) == dict.fromkeys(range(8), 512)
+    for turn in range(40):  # and round the end of both rings
+        ring.start(fd, [(token + 10 * turn, *read) for token in range(5)])
+        assert results(ring) == {token + 10 * turn: 512 for token in range(5)}
+
+
+def test_results_a_few_at_a_time(ring: Ring, fd: int) -> None:
+    """The others are there the next time."""
+    memory = mmap.mmap(-1, 4096)
+    view = memoryview(memory)
+    ring.start(fd, [(token, OP_READ, address(view), 512, 0) for token in range(5)])
+    found: list[tuple[int, int]] = []
+    while ring.nr_in_flight:
+        ring.wait()
+        assert ring.has_results
+        got = ring.reap(2)
+        assert 1 <= len(got) <= 2
+        found += got
+    assert not ring.has_results
+    assert sorted(found) == [(token, 512) for token in range(5)]

@@ -155,3 +155,11 @@ def test_an_interrupt_behind_the_answer_is_not_lost() -> None:
     channel.alive = False
     modern.read(Block.ISR, 1)
     assert not interrupts.line
+
+
+@pytest.mark.parametrize("reg", [Block.ISR_PEEK, Block.MSIX, Block.ISR + 0xFF])
+def test_what_is_between_the_processes_is_no_guests_to_write(reg: int) -> None:
+    """The VM process tells a device of MSI-X by a register that is not in the BAR."""
+    modern, _, channel, _ = make()
+    modern.write(reg, 1, 1)
+    assert channel.accesses == []

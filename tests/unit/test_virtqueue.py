@@ -11,7 +11,7 @@ from config.errors import GuestError
 from devices.features import F_EVENT_IDX, F_IN_ORDER, F_INDIRECT_DESC, F_RING_PACKED
 from devices.packed import WRAP
 from devices.virtqueue import Chain, QueueState, VirtQueue
-from tests.driver import PackedDriver, SplitDriver, make_memory, open_driver
+from tools.viodriver import PackedDriver, SplitDriver, make_memory, open_driver
 
 BASE = 0x1000
 LAYOUTS = [pytest.param(0, id="split"), pytest.param(F_RING_PACKED, id="packed")]

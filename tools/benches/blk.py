@@ -1,6 +1,6 @@
 """tools/bench blk: block requests per second, and what one costs the device process.
 
-The driver (tests/driver.py) is this process, the device a real one, jailed, started by a real
+The driver (tools/viodriver) is this process, the device a real one, jailed, started by a real
 spawner; between them are shared memory and eventfds, and no KVM. Per case: requests per second,
 CPU time of the device process per request, split into user and system, and interrupts per
 request.
@@ -13,10 +13,15 @@ Waking another CPU costs tens of microseconds on some machines: only equal place
 The image of cache: writeback is on tmpfs and all in memory; that of cache: none is below .cache/,
 where it measures the disk there as much as us.
 
+A qcow2 image stands beside the raw one: all its clusters are allocated, but for the pattern
+allocwrite, which fills a new one from its start. What a request costs there as a multiple of what
+it costs on the raw image is worked out for each run by itself, since the two follow each other.
+
 With --base REV every case runs in turn with the code of that commit and with this tree's.
 """
 
 import argparse
+import importlib.util
 import io
 import itertools
 import json
@@ -41,10 +46,14 @@ PATTERNS = {
     "randwrite": (True, False, 4096),
     "seqread": (False, True, 128 << 10),
     "seqwrite": (True, True, 128 << 10),
+    "allocwrite": (True, True, 128 << 10),
 }
 PLACEMENTS = ("two", "poll", "one")
 RINGS = ("indirect", "direct", "packed")
 CACHES = ("writeback", "none")
+FORMATS = ("raw", "qcow2")
+ALLOC_BYTES = 4 << 30  # of the disk that allocwrite fills, and how long it may
+ALLOC_SECONDS = 0.3
 DEADLINE = 10.0  # seconds to wait for a call
 
 
@@ -56,9 +65,11 @@ class Case(NamedTuple):
     placement: str
     ring: str
     cache: str
+    format: str
 
     def __str__(self) -> str:
-        return f"{self.pattern} depth {self.depth} {self.placement} {self.ring} {self.cache}"
+        where = f"{self.placement} {self.ring} {self.cache} {self.format}"
+        return f"{self.pattern} depth {self.depth} {where}"
 
 
 class Driver:
@@ -129,27 +140,40 @@ def measure(case: Case, path: str, seconds: float) -> dict[str, float]:
     from config.model import DiskConfig
     from devices import features
     from devices.blkreq import BLK_F_FLUSH
-    from tests.devicehost import DeviceHost
-    from vmm.images import open_disk
+
+    # A commit to compare with may have it elsewhere.
+    here = importlib.util.find_spec("tools.viodriver") is not None
+    place = "tools.viodriver.private" if here else "tests.devicehost"
+    host_class: Any = importlib.import_module(place).DeviceHost
 
     cpus = sorted(os.sched_getaffinity(0))
     device_cpu = cpus[-1]
-    disk = DiskConfig(path=path, format="raw", cache=case.cache)
+    disk = DiskConfig(path=path, format=case.format, cache=case.cache)
+    fresh, image_bytes = case.pattern == "allocwrite", ALLOC_BYTES
+    if fresh:
+        seconds = min(seconds, ALLOC_SECONDS)
+        make_fresh(path, case.format)
+    elif case.format == "raw":
+        image_bytes = os.path.getsize(path)
+    else:
+        image_bytes = json.loads(qemu_img("info", "--output=json", path))["virtual-size"]
     bits = {"indirect": features.F_INDIRECT_DESC, "direct": 0, "packed": features.F_RING_PACKED}
     accepted = bits[case.ring] | features.F_EVENT_IDX | BLK_F_FLUSH
-    image = open_disk(disk, "bench")
+    # Not with devices.images, which an old tree may not have for qcow2.
+    image = os.open(path, os.O_RDWR | os.O_DIRECT * (case.cache == "none"))
     try:
         settings = {**disk._asdict(), "packed": case.ring == "packed"}
-        with DeviceHost(
+        with host_class(
             "vioblk", settings, fds={"image": image}, memory_size=32 * MIB, jail="best-effort"
         ) as host:
             [queue] = host.start(accepted, arena_bytes=16 * MIB)
             os.sched_setaffinity(host.process.pid, {device_cpu})
             os.sched_setaffinity(0, {device_cpu if case.placement == "one" else cpus[0]})
-            driver = Driver(host, queue, case, os.path.getsize(path))
+            driver = Driver(host, queue, case, image_bytes)
             if case.placement == "poll":
                 queue.disable_calls()
-            driver.run(min(seconds / 4, 0.3))  # warm up
+            if not fresh:
+                driver.run(min(seconds / 4, 0.3))  # warm up
             driver.nr_done = driver.nr_calls = 0
             before, begun = cpu_seconds(host.process.pid), time.monotonic()
             driver.run(seconds)
@@ -168,6 +192,18 @@ def measure(case: Case, path: str, seconds: float) -> dict[str, float]:
         "system_us": system,
         "calls": driver.nr_calls / driver.nr_done,
     }
+
+
+def qemu_img(*arguments: str) -> str:
+    """Run qemu-img; return what it prints."""
+    done = subprocess.run(["qemu-img", *arguments], check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout
+
+
+def make_fresh(path: str, kind: str) -> None:
+    """Put an empty image there."""
+    Path(path).unlink(missing_ok=True)
+    qemu_img("create", "-q", "-f", kind, path, str(ALLOC_BYTES))
 
 
 @contextmanager
@@ -198,32 +234,49 @@ def measure_in(tree: Path, case: Case, path: Path, seconds: float) -> dict[str, 
 
 
 @contextmanager
-def images(directory: Path, size: int) -> Iterator[dict[str, Path]]:
-    """An image for each kind of cache, every block allocated; they go away afterwards."""
-    paths = {"writeback": Path("/dev/shm/pyvmd-bench.img"), "none": RESULTS / "blk.img"}  # noqa: S108
+def images(
+    directory: Path, size: int, kinds: Sequence[tuple[str, str]]
+) -> Iterator[dict[tuple[str, str], Path]]:
+    """An image per cache and format, every block allocated; they go away afterwards.
+
+    Beside each is a path for a fresh image: the same with .fresh behind it.
+    """
+    places = {"writeback": Path("/dev/shm"), "none": RESULTS}  # noqa: S108
     if directory != Path():
-        paths = {cache: directory / f"pyvmd-bench-{cache}.img" for cache in paths}
+        places = dict.fromkeys(places, directory)
     RESULTS.mkdir(parents=True, exist_ok=True)
+    paths = {(cache, kind): places[cache] / f"pyvmd-bench-{cache}.{kind}" for cache, kind in kinds}
     try:
-        for path in paths.values():
-            with path.open("wb") as image:
+        for (_, kind), path in paths.items():
+            raw = path if kind == "raw" else path.with_suffix(".tmp")
+            with raw.open("wb") as image:
                 for _ in range(size // MIB):
                     image.write(os.urandom(MIB))
                 os.fsync(image.fileno())
+            if kind != "raw":
+                qemu_img("convert", "-f", "raw", "-O", kind, str(raw), str(path))
+                raw.unlink()
         yield paths
     finally:
         for path in paths.values():
-            path.unlink(missing_ok=True)
+            for one in (path, path.with_suffix(".tmp"), fresh_path(path)):
+                one.unlink(missing_ok=True)
+
+
+def fresh_path(path: Path) -> Path:
+    """Return where the image that allocwrite fills is."""
+    return path.with_name(path.name + ".fresh")
 
 
 def choose(options: argparse.Namespace) -> list[Case]:
     """Return the cases to run."""
     cases = itertools.product(
-        options.pattern or PATTERNS,
+        options.pattern or [name for name in PATTERNS if name != "allocwrite"],
         options.depth or (1, 32),
         options.placement or PLACEMENTS,
         options.ring or ("indirect",),
         options.cache or ("writeback", "none"),
+        options.format or FORMATS,
     )
     # A disk is slower than any way of waiting for it.
     wanted = [Case(*case) for case in cases]
@@ -239,11 +292,14 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--runs", type=int, default=5, help="runs of each case (default 5)")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a run (default 1)")
-    parser.add_argument("--pattern", choices=PATTERNS, action="append", help="default: all")
+    parser.add_argument(
+        "--pattern", choices=PATTERNS, action="append", help="default: all but allocwrite"
+    )
     parser.add_argument("--depth", type=int, action="append", help="default: 1 and 32")
     parser.add_argument("--placement", choices=PLACEMENTS, action="append", help="default: all")
     parser.add_argument("--ring", choices=RINGS, action="append", help="default: indirect")
     parser.add_argument("--cache", choices=CACHES, action="append", help="default: both")
+    parser.add_argument("--format", choices=FORMATS, action="append", help="default: both")
     parser.add_argument("--images", type=Path, default=Path(), help="directory for both images")
     parser.add_argument("--size", type=int, default=64, metavar="MIB", help="of an image (64)")
     parser.add_argument("--base", metavar="REV", help="compare with this commit")
@@ -255,15 +311,26 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     results: dict[str, dict[str, list[dict[str, float]]]] = {}
     with ExitStack() as stack:
-        paths = stack.enter_context(images(options.images, options.size * MIB))
+        cases = choose(options)
+        kinds = sorted({(case.cache, case.format) for case in cases})
+        paths = stack.enter_context(images(options.images, options.size * MIB, kinds))
         trees = {"here": ROOT}
         if options.base:
             trees = {options.base: stack.enter_context(tree_of(options.base)), **trees}
-        for run, case in itertools.product(range(options.runs), choose(options)):
+        for run, case in itertools.product(range(options.runs), cases):
             for name, tree in trees.items():
                 print(f"{run + 1}/{options.runs} {name}: {case}", file=sys.stderr, flush=True)
-                figures = measure_in(tree, case, paths[case.cache], options.seconds)
+                path = paths[case.cache, case.format]
+                if case.pattern == "allocwrite":
+                    path = fresh_path(path)
+                figures = measure_in(tree, case, path, options.seconds)
                 results.setdefault(str(case), {}).setdefault(name, []).append(figures)
+    for case in cases:
+        raw = results.get(str(case._replace(format="raw")), {})
+        for name, runs in results[str(case)].items() if case.format != "raw" else ():
+            for figures, other in zip(runs, raw.get(name, ()), strict=False):
+                figures["cpu_vs_raw"] = figures["cpu_us"] / other["cpu_us"]
+                figures["time_vs_raw"] = other["iops"] / figures["iops"]
     summary = {
         case: {
             name: {key: spread([run[key] for run in runs]) for key in runs[0]}
@@ -271,9 +338,9 @@ def main(arguments: Sequence[str]) -> int:
         }
         for case, by_tree in results.items()
     }
-    path = save("blk", summary)
+    saved = save("blk", summary)
     print(report(summary))
-    print(f"\nfigures: {path}")
+    print(f"\nfigures: {saved}")
     return 0
 
 
@@ -293,10 +360,17 @@ def report(summary: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
                     f"{figures['user_us']['median']:.2f}",
                     f"{figures['system_us']['median']:.2f}",
                     f"{figures['calls']['median']:.3f}",
+                    *(_multiple(figures.get(key)) for key in ("cpu_vs_raw", "time_vs_raw")),
                 ]
             )
     head = ["case", "code", "IOPS", "MiB/s", "device CPU µs", "user", "system", "calls"]
-    return table(head, rows)
+    return table([*head, "CPU vs. raw", "time vs. raw"], rows)
+
+
+def _multiple(found: dict[str, float] | None) -> str:
+    if found is None:
+        return ""
+    return f"{found['median']:.2f} ({found['min']:.2f}–{found['max']:.2f})"
 
 
 if __name__ == "__main__":

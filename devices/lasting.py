@@ -1,0 +1,98 @@
+"""A device process that another one can take the place of, at any instant.
+
+After each register write, setting and command it writes down what it is (`journal`), before
+anybody hears that it is done. Where its queues are lies in the in-flight areas. The VM process
+knows which register writes are not in the journal, and makes those again.
+
+    new process ─► state from the journal, nothing is served ─► register writes made again
+                ─► the first read: from there on it is what the killed one was
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from config.errors import GuestError
+from devices import words
+from devices.journal import Journal
+from devices.process import Process
+from devices.transport import DRIVER_OK, ISR_CONFIG, ISR_QUEUE
+from devices.viodev import CONFIG_CHANGE, ChannelError, MsgType
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from devices.device import Device
+    from devices.process import Order
+    from devices.viodev import Channel, Imsg, ViodevMsg
+
+
+class LastingProcess(Process):
+    """A process with a journal; `resumes` among its settings says that it is not the first."""
+
+    def __init__(
+        self,
+        order: Order,
+        fds: dict[str, int],
+        create: Callable[..., Device],
+        async_: Channel,
+        sync: Channel,
+    ) -> None:
+        """See Process; `journal` is one more of its descriptors."""
+        self._journal = Journal(fds.pop("journal"))
+        self._handled = 0
+        self._resumes = bool(order.settings.get("resumes"))
+        self._stays_paused = bool(order.settings.get("paused"))
+        super().__init__(order, fds, create, async_, sync)
+
+    def serve(self) -> int:
+        """Become what a predecessor was, if there was one, and serve as ever."""
+        if self._resumes:
+            try:
+                self._resume()
+            except ChannelError as err:
+                if isinstance(err.__cause__, (EOFError, ConnectionError)):
+                    return 0
+                words.last_words(self._async, err)
+                return 1
+            except Exception as err:  # what a predecessor that was taken over wrote, for one
+                words.last_words(self._async, err)
+                return 1
+        return super().serve()
+
+    def _resume(self) -> None:
+        self._pause()
+        found = self._journal.read()
+        if found is not None:
+            state, self._handled = found
+            try:
+                self._registers.load(state)
+            except GuestError as err:
+                self.transport.fail(err)
+        while self._answer_one().type != MsgType.IO_READ:
+            pass
+        if self.transport.status & DRIVER_OK:
+            # Nobody knows which of these the driver has heard of.
+            self.transport.isr |= ISR_QUEUE | ISR_CONFIG
+            self.interrupt(0)
+            self.interrupt(CONFIG_CHANGE)
+        if not self._stays_paused:
+            self._unpause()
+
+    def _answer(self, message: ViodevMsg) -> None:
+        try:
+            super()._answer(message)
+        except GuestError as err:
+            self.transport.fail(err)
+        if message.type == MsgType.IO_WRITE:
+            self._handled += 1
+            self.checkpoint()
+
+    def _set(self, imsg: Imsg) -> dict[str, Any]:
+        answer = super()._set(imsg)
+        self.checkpoint()
+        return answer
+
+    def checkpoint(self) -> None:
+        """Write down what is so now: before anybody hears of it."""
+        self._journal.write(self._registers.save(killed=True), self._handled)

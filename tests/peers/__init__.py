@@ -1,0 +1,1 @@
+"""Other monitors with devices of ours."""
