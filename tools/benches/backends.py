@@ -17,7 +17,8 @@ from typing import NamedTuple, Protocol
 
 from tools.benches.report import ROOT
 
-DEADLINE = 20.0  # seconds for a program to listen, or to end
+DEADLINE = 20.0  # seconds for a program to listen
+LEAVE_DEADLINE = 5.0  # to end; qemu-storage-daemon may sleep through a SIGTERM as it starts
 DEBIAN_PYTHON = (
     "/usr/bin/python3"  # built with all optimisations, which one from elsewhere may lack
 )
@@ -157,9 +158,10 @@ def running(kind: Kind, image: Image, sock: str) -> Iterator[Program]:
         finally:
             process.send_signal(signal.SIGTERM)
             try:
-                process.communicate(timeout=DEADLINE)
+                process.communicate(timeout=LEAVE_DEADLINE)
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()  # leaving the with-statement does not, after a KeyboardInterrupt
             Path(sock).unlink(missing_ok=True)
 
 
