@@ -144,8 +144,8 @@ def start_together(configs: Sequence[VmConfig]) -> list[Started | PyvmError]:
             # Not by way of SIG_DFL: that would hold for a thread that has not blocked them.
             signal.signal(number, _leave if handler == signal.SIG_DFL else handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number in waiting:
-            signal.raise_signal(number)
+        for caught in waiting:
+            signal.raise_signal(caught)
         while pending:
             birth = pending[0]
             results.append(_await_report(birth) if isinstance(birth, _Birth) else birth)
