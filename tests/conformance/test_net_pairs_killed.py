@@ -162,7 +162,7 @@ def test_settings_outlive_the_process(launch_pairs: Callable[..., PairLab]) -> N
     lab.send(frame_of(60), queue=3)
     wait_until(lambda: lab.network()["tx"]["drops"] == {"link down": 1})
     assert lab.setting("link", True) is True
-    kill(lab, (0,))
+    lab.wait_life(0, lab.kill(0))  # else the pair could begin to send, and lose what waits
     begun = time.monotonic()
     lab.send(*[frame_of(60)] * 30, queue=3)
     assert time.monotonic() - begun > (30 - 2 * 5 - 2) / 50 * 0.9
