@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+import tests.examples  # noqa: F401  for what it sets
 from tests.unit.cli_fakes import DEADLINE, FakeVm, Pyvmctl
 from tests.unit.cli_start_lab import StartLab
 from tests.unit.image_lab import MIB, fill, pattern, qemu_img, raw
