@@ -55,6 +55,12 @@ class Host(Protocol):
     def config_changed(self) -> None:
         """Tell the driver that the configuration space has changed."""
 
+    def checkpoint(self) -> None:
+        """Write down what `Device.remember` says: the process may be killed at any instant.
+
+        That is done after register writes and settings, before anybody hears of it, too.
+        """
+
     def tell(self, word: str) -> None:
         """Tell the VM process that something has happened: a word of this kind of device."""
 
@@ -179,6 +185,9 @@ class Device:
 
     def unpause(self) -> None:
         """Go on. Every queue is kicked afterwards."""
+
+    def take_over(self) -> None:
+        """Go on, instead of `unpause`, for a process that was killed: nothing else has changed."""
 
     # Life of the process.
 

@@ -45,7 +45,7 @@ class Journal:
         if len(text) > _MOST:
             raise HostError(f"a state of {len(text)} bytes")
         if text == self._latest:
-            self._words[self._number & 1][2] = handled
+            self.count(handled)
             return
         number = self._number + 1
         half, words = self._halves[number & 1], self._words[number & 1]
@@ -53,6 +53,10 @@ class Journal:
         words[1], words[2] = len(text), handled
         words[0] = self._number = number
         self._latest = text
+
+    def count(self, handled: int) -> None:
+        """Say how many register writes are in the latest state."""
+        self._words[self._number & 1][2] = handled
 
     def read(self) -> tuple[dict[str, Any], int] | None:
         """Return the latest state and how many writes are in it; None if there is none.

@@ -1,8 +1,8 @@
 """A device process that another one can take the place of, at any instant.
 
-After each register write, setting and command it writes down what it is (`journal`), before
-anybody hears that it is done. Where its queues are lies in the in-flight areas. The VM process
-knows which register writes are not in the journal, and makes those again.
+After each register write and setting, and whenever the device says so, it writes down what it is
+(`journal`), before anybody hears of it. Where its queues are lies in the in-flight areas. The VM
+process knows which register writes are not in the journal, and makes those again.
 
     new process ─► state from the journal, nothing is served ─► register writes made again
                 ─► the first read: from there on it is what the killed one was
@@ -10,12 +10,13 @@ knows which register writes are not in the journal, and makes those again.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from config.errors import GuestError
 from devices import words
 from devices.journal import Journal
 from devices.process import Process
+from devices.spec import BUSY, Block, Legacy
 from devices.transport import DRIVER_OK, ISR_CONFIG, ISR_QUEUE
 from devices.viodev import CONFIG_CHANGE, ChannelError, MsgType
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from devices.device import Device
     from devices.process import Order
     from devices.viodev import Channel, Imsg, ViodevMsg
+
+
+_KICKS: Final = (Block.NOTIFY, Block.LEGACY + Legacy.QUEUE_NOTIFY)  # change no state
 
 
 class LastingProcess(Process):
@@ -58,10 +62,13 @@ class LastingProcess(Process):
             except Exception as err:  # what a predecessor that was taken over wrote, for one
                 words.last_words(self._async, err)
                 return 1
+        else:
+            self.checkpoint()
         return super().serve()
 
     def _resume(self) -> None:
         self._pause()
+        self._device.totals[BUSY] = 0  # a predecessor may have died waiting
         found = self._journal.read()
         if found is not None:
             state, self._handled = found
@@ -73,11 +80,13 @@ class LastingProcess(Process):
             pass
         if self.transport.status & DRIVER_OK:
             # Nobody knows which of these the driver has heard of.
-            self.transport.isr |= ISR_QUEUE | ISR_CONFIG
-            self.interrupt(0)
+            if self.transport.live:
+                self.transport.isr |= ISR_QUEUE
+                self.interrupt(0)
+            self.transport.isr |= ISR_CONFIG
             self.interrupt(CONFIG_CHANGE)
         if not self._stays_paused:
-            self._unpause()
+            self._go_on(self._device.take_over)
 
     def _answer(self, message: ViodevMsg) -> None:
         try:
@@ -86,7 +95,10 @@ class LastingProcess(Process):
             self.transport.fail(err)
         if message.type == MsgType.IO_WRITE:
             self._handled += 1
-            self.checkpoint()
+            if message.reg in _KICKS:
+                self._journal.count(self._handled)
+            else:
+                self.checkpoint()
 
     def _set(self, imsg: Imsg) -> dict[str, Any]:
         answer = super()._set(imsg)

@@ -114,6 +114,11 @@ class Vionet(Device):
         features |= hdr.NET_F_MQ * (self._max_pairs > 1)
         return features | hdr.NET_F_CTRL_GUEST_OFFLOADS * (features & hdr.GUEST_OFFLOADS > 0)
 
+    def begin(self) -> None:
+        """Count on where a predecessor has stopped."""
+        for counters in self.counters.values():
+            counters.resume(self.totals)
+
     @property
     def queue_num(self) -> int:
         """Pairs: what monitors mean by it."""
@@ -242,11 +247,14 @@ class Vionet(Device):
 
     def filter_command(self, kind: int, command: int, data: bytes) -> bool:
         """Do a command about addresses or VLANs."""
-        return self._look.command(kind, command, data)
+        good = self._look.command(kind, command, data)
+        self._settle()
+        return good
 
     def announced(self) -> bool:
         """Note that the driver has announced itself."""
         self._announcing = False
+        self._settle()
         return True
 
     def use_pairs(self, count: int) -> bool:
@@ -254,11 +262,18 @@ class Vionet(Device):
         if not 0 < count <= self._max_pairs:
             return False
         self._set_pairs(count)
+        self._settle()
         return True
 
     def use_offloads(self, offloads: int) -> bool:
         """Have frames arrive with these offloads only; others that wait already are dropped."""
-        return self._set_offloads(offloads)
+        good = self._set_offloads(offloads)
+        self._settle()
+        return good
+
+    def _settle(self) -> None:
+        """See to it that a command holds, for whatever process comes, before it is acknowledged."""
+        self.host.checkpoint()
 
     def _set_offloads(self, offloads: int) -> bool:
         self._offloads = offloads
@@ -363,6 +378,9 @@ class Vionet(Device):
 
     def save(self) -> dict[str, Any]:
         """Return what the driver has set by commands."""
+        return self._driven()
+
+    def _driven(self) -> dict[str, Any]:
         return {
             "filter": self._look.filter.save(),
             "pairs": self._pairs,
@@ -370,8 +388,23 @@ class Vionet(Device):
             "announcing": self._announcing,
         }
 
+    def remember(self) -> dict[str, Any]:
+        """Return what has been set from outside, too."""
+        return {
+            # Before there is a driver, that is nothing to be set again.
+            "driven": self._driven() if self._queues else {},
+            "link": self._link.wanted,
+            "rates": dict(self._rates.values),
+        }
+
     def load(self, state: dict[str, Any]) -> None:
-        """Take that, for when the driver is active again."""
+        """Take that; what the driver has set, for when it is active again."""
+        if "driven" in state:
+            for name, value in state["rates"].items():
+                self._rates.set(name, value)
+            self._set_limits()
+            self._link.set_wanted(bool(state["link"]))
+            state = state["driven"]
         self._restored = state
 
     def _restore(self) -> None:

@@ -37,9 +37,6 @@ class LeadingHost(Host, Protocol):
     def leave(self, index: int) -> None:
         """Leave the kicks of a queue to another process; see Process."""
 
-    def checkpoint(self) -> None:
-        """Write down what is so now; see LastingProcess."""
-
 
 class Leader(Vionet):
     """Serves the first pair and the control queue; `netremote.Leader` of the others."""
@@ -73,10 +70,8 @@ class Leader(Vionet):
                 self.host.leave(index)
         self._shares = Shares(self.totals, 0, 1 + len(self._others))
         self._set_limits()
-        if self._resumes:
-            for counters in self.counters.values():
-                counters.resume(self.totals)
-        else:
+        super().begin()
+        if not self._resumes:
             self._remotes.follow(wait=False)
 
     # What the others follow.
@@ -146,7 +141,6 @@ class Leader(Vionet):
         """Have no pair served."""
         self._halted = True
         self._remotes.follow()
-        self.host.checkpoint()
 
     def pause(self) -> None:
         """Have no process look at guest memory, and learn where each queue is."""
@@ -165,10 +159,14 @@ class Leader(Vionet):
     def unpause(self) -> None:
         """Go on everywhere."""
         self._paused = False
-        if not self._resumes:  # then nothing has changed but the process
-            super().unpause()
+        super().unpause()
         self._remotes.follow(wait=not self._resumes)
         self._resumes = False
+
+    def take_over(self) -> None:
+        """Go on everywhere: nothing has changed but the process."""
+        self._paused = self._resumes = False
+        self._remotes.follow(wait=False)
 
     def msix(self, on: bool) -> None:
         """Have the others call the driver themselves, or by way of ISR."""
@@ -183,36 +181,10 @@ class Leader(Vionet):
         super().write_config(offset, data)
         self._remotes.follow()
 
-    # Commands: acknowledged when everybody follows.
-
-    def filter_command(self, kind: int, command: int, data: bytes) -> bool:
-        """Do a command about addresses or VLANs, for all pairs."""
-        good = super().filter_command(kind, command, data)
-        self._settle()
-        return good
-
-    def announced(self) -> bool:
-        """Note that the driver has announced itself."""
-        good = super().announced()
-        self._settle()
-        return good
-
     def _settle(self) -> None:
-        """See to it that a command holds: in all processes, and in those that come after them."""
+        """See to it that a command holds in all processes, too, before it is acknowledged."""
         self._remotes.follow()
-        self.host.checkpoint()
-
-    def use_pairs(self, count: int) -> bool:
-        """Use so many queue pairs."""
-        good = super().use_pairs(count)
-        self._settle()
-        return good
-
-    def use_offloads(self, offloads: int) -> bool:
-        """Have frames arrive with these offloads only, on all pairs."""
-        good = super().use_offloads(offloads)
-        self._settle()
-        return good
+        super()._settle()
 
     def _link_changed(self) -> None:
         super()._link_changed()
@@ -267,27 +239,18 @@ class Leader(Vionet):
         """Return all that is not in registers."""
         lives = {**self._old_lives, **{index: life for index, (_, life) in self._lives.items()}}
         return {
-            # What a driver has set; before there is one, that is nothing to be set again.
-            "device": super().save() if self._queues else {},
+            **super().remember(),
             "lives": sorted(lives.items()),
             "nr_lives": self._nr_lives,
             "direct": self._direct,
-            "link": self._link.wanted,
-            "rates": dict(self._rates.values),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Become what `save` or `remember` described."""
-        if "lives" not in state:
-            super().load(state)
-            return
-        self._old_lives = {int(index): int(life) for index, life in state["lives"]}
-        self._nr_lives, self._direct = int(state["nr_lives"]), bool(state["direct"])
-        for name, value in state["rates"].items():
-            self._rates.set(name, value)
-        self._set_limits()
-        self._link.set_wanted(bool(state["link"]))
-        super().load(state["device"])
+        if "lives" in state:
+            self._old_lives = {int(index): int(life) for index, life in state["lives"]}
+            self._nr_lives, self._direct = int(state["nr_lives"]), bool(state["direct"])
+        super().load(state)
 
     # What the others say.
 

@@ -98,7 +98,7 @@ def confine(kind: str, level: str) -> jail.Report:
 def _kind_of(fds: Mapping[str, int]) -> type[Process]:
     if "journal" not in fds:
         return Process
-    from devices.lasting import LastingProcess  # spec.FURTHER
+    from devices.lasting import LastingProcess  # spec.LASTING
 
     return LastingProcess
 
@@ -241,6 +241,9 @@ class Process:
         """Tell the driver that the configuration space has changed."""
         self.transport.config_changed()
 
+    def checkpoint(self) -> None:
+        """Write down what is so now, for whoever takes the place of this process: nobody does."""
+
     def tell(self, word: str) -> None:
         """Tell the VM process that something has happened."""
         self._async.send(ImsgType.EVENT, word.encode())
@@ -325,12 +328,15 @@ class Process:
             self._device.pause()
 
     def _unpause(self) -> None:
-        if not self._paused:
-            return
+        if self._paused:
+            self._go_on(self._device.unpause)
+
+    def _go_on(self, begin: Callable[[], None]) -> None:
+        """End the pause; `begin` is the device's part of it."""
         self._paused = False
         for fd, (events, callback) in self._watched.items():
             self._loop.add(fd, events, callback)
-        self._device.unpause()
+        begin()
         for index in range(len(self._kicks)):
             self.schedule(index)
         while self._late:

@@ -27,7 +27,7 @@ from devices import jail, process, title, words
 from devices.device import ERROR
 from devices.guestmem import Region
 from devices.process import Order
-from devices.spec import FURTHER, SPECS
+from devices.spec import SPECS
 from devices.viodev import Channel, ChannelError, ImsgType
 
 if TYPE_CHECKING:
@@ -50,14 +50,14 @@ def serve(
     uid: int | None = None,
     *,
     kinds: Iterable[str] = SPECS,
-    queue_pairs: bool = False,
+    further: Iterable[str] = (),
     main: Main = process.main,
 ) -> None:
     """Be the spawner of the VM `vm`, at the other end of `sock`, until that is closed.
 
     `level` is vm.yaml's word for the jail: required, best-effort, off. `uid` is the user that the
-    VM process will be, if that changes. Devices are of `kinds`, those of the network also such as
-    have several processes if there are `queue_pairs`, and each process is `main`.
+    VM process will be, if that changes. Devices are of `kinds`, some of which want `further`
+    modules, and each process is `main`.
     """
     _settle(sock.fileno())
     title.set_title(f"{vm}/spawn")
@@ -65,7 +65,7 @@ def serve(
     spawner = Spawner(channel, vm, level, main)
     for kind in kinds:
         spawner.load(kind)
-    for name in FURTHER if queue_pairs else ():
+    for name in further:
         __import__(name)
     jail.prepare(level, uid)
     # All that was imported stays: collections must not walk it, and so unshare it, in any child.

@@ -62,8 +62,9 @@ TRAY_WORDS: Final = {
 
 VHOST: Final = "viovhost"
 
-#: Modules of network devices of several processes: 1 ms of a start, where there are none.
-FURTHER: Final = ("devices.netleader", "devices.netpair", "devices.lasting")
+#: What a spawner imports beside the kinds, for a VM process; the second costs 1 ms of a start.
+LASTING: Final = ("devices.lasting",)
+QUEUE_PAIRS: Final = ("devices.netleader", "devices.netpair")
 
 COMMON_LENGTH: Final = 64  # virtio 1.2 §4.1.4.3, up to and with queue_reset
 

@@ -68,6 +68,12 @@ class Door(Protocol):
     def schedule(self, index: int) -> None:
         """Have queue `index` served soon, as if it had been kicked."""
 
+    def checkpoint(self) -> None:
+        """Write down what is so now: the process may be killed at any instant.
+
+        That is done after register writes, too.
+        """
+
     def log(self, level: int, text: str) -> None:
         """Say something in the VM's log, rate-limited."""
 
@@ -184,6 +190,7 @@ class Transport:
             if registers.queue is not None:
                 self._door.log(DEBUG, "driver uses a queue before DRIVER_OK")
                 self.status |= DRIVER_OK
+                self._door.checkpoint()
                 self._activate()
 
     def fail(self, error: PyvmError) -> None:
@@ -192,6 +199,7 @@ class Transport:
         self.status |= NEEDS_RESET
         self.live[:] = [None] * len(self.live)
         self.device.halt(error)
+        self._door.checkpoint()
         if self.status & DRIVER_OK:
             self.isr |= ISR_CONFIG
             self._door.interrupt(CONFIG_CHANGE)
@@ -255,6 +263,7 @@ class Transport:
     def config_changed(self) -> None:
         """The device changed its configuration space: tell the driver."""
         self._config_news = True
+        self._door.checkpoint()
         if self.status & DRIVER_OK:
             self.isr |= ISR_CONFIG
             self._door.interrupt(CONFIG_CHANGE)

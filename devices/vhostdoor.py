@@ -131,6 +131,9 @@ class Door:
         """See Host."""
         self._rings.bells.schedule(index)
 
+    def checkpoint(self) -> None:
+        """See Host; what is to be remembered is the front end's business."""
+
     def config_changed(self) -> None:
         """See Host."""
         self._talk.config_changed()

@@ -123,6 +123,12 @@ class Vioblk(Device):
         self._waiting: set[int] = set()  # queues that found the server full
         self._patience = Patience()
 
+    def begin(self) -> None:
+        """Count on where a predecessor has stopped."""
+        server = self._server
+        server.nr_reads, server.bytes_read, server.nr_writes, server.bytes_written = self.totals[:4]
+        server.nr_others = self.totals[4]
+
     def _make_server(self) -> Server:
         serial = self._settings["serial"]
         if self._settings["cache"] == "none":
@@ -372,6 +378,12 @@ class Vioblk(Device):
         """Return the cache mode."""
         return {"writeback": self._server.writeback}
 
+    def remember(self) -> dict[str, Any]:
+        """Return the size, too, that the driver knows."""
+        return {**self.save(), "limit": self._server.limit}
+
     def load(self, state: dict[str, Any]) -> None:
-        """Take the cache mode."""
-        self._server.writeback = bool(state["writeback"])
+        """Take that over; what is no longer in the image cannot be had."""
+        server = self._server
+        server.writeback = bool(state["writeback"])
+        server.limit = min(int(state.get("limit", server.limit)), server.limit)

@@ -35,15 +35,15 @@ def create(
 
     With `apart` it has `tap0` alone, and `pair1`, `bell1`, … lead to the processes of the other
     pairs. Each of those is made with `pair`, its number, on its own `tap0`, `link` and `bell`.
-    Both want spec.FURTHER to be there already where a process can open no file.
+    Both want spec.QUEUE_PAIRS to be there already where a process can open no file.
     Raises HostError if the descriptors are of the wrong kind, ConfigError.
     """
     if settings.get("pair"):
-        from devices.netpair import NetPair  # spec.FURTHER
+        from devices.netpair import NetPair  # spec.QUEUE_PAIRS
 
         return NetPair(memory, cast("DrivenHost", host), settings, fds)
     if settings.get("apart"):
-        from devices.netleader import Leader  # spec.FURTHER
+        from devices.netleader import Leader  # spec.QUEUE_PAIRS
 
         others = {
             number: (fds.pop(f"pair{number}"), fds.pop(f"bell{number}"))

@@ -88,6 +88,15 @@ class Viornd(Device):
         self.host.schedule(0)  # who waited for the old rate need not
         return value
 
+    def remember(self) -> dict[str, Any]:
+        """Return the rate, which may have been changed."""
+        return {"rate": self._rate}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take the rate over."""
+        if "rate" in state:
+            self._set_rate(int(state["rate"]))
+
     def _answer(self, queue: VirtQueue, chain: Chain) -> int:
         """Fill and give back one chain; return how many bytes were filled."""
         if chain.readable:
@@ -111,6 +120,7 @@ class Viornd(Device):
         return at
 
     def _set_rate(self, rate: int) -> None:
+        self._rate = rate
         # At most a second's worth in one request, so that no request takes a later one's turn.
         self._limit = min(MAX_REQUEST, rate) if rate else MAX_REQUEST
         self._bucket = TokenBucket(rate, rate) if rate else None

@@ -107,12 +107,14 @@ class Vmmci(Device):
         if self._alone != "high" or self._high(now) == self._high(self._stamp):
             self._stamp = now
         self._alone = "" if self._alone == "high" else "low"
+        self.host.checkpoint()  # for who reads the rest
 
     def _high_half_read(self) -> None:
         """Take the time unless the low half was read just before."""
         if self._alone != "low":
             self._stamp = self._clock()
         self._alone = "" if self._alone == "low" else "high"
+        self.host.checkpoint()
 
     @staticmethod
     def _high(stamp: int) -> int:
@@ -206,7 +208,11 @@ class Vmmci(Device):
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Become what `save` described."""
+        """Become what `save` described; what a driver has said is told again, for who missed it."""
         self._command, self._stamp = state["command"], state["stamp"]
         self._acknowledged, self._announced = state["acknowledged"], state["announced"]
         self._alone = state["alone"]
+        if self._acknowledged:
+            self.host.tell(ACKNOWLEDGED)
+        if self._announced:
+            self.host.tell(ANNOUNCED)

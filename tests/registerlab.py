@@ -139,6 +139,9 @@ class Lab(VirtioDriver):
         self.registers.transport.isr |= 1
         self.interrupt(index)
 
+    def checkpoint(self) -> None:
+        """See Host."""
+
     def config_changed(self) -> None:
         self.registers.transport.config_changed()
 

@@ -275,6 +275,9 @@ class NetLab(VirtioDriver):
         self.registers.transport.isr |= 1
         self.interrupt(index)
 
+    def checkpoint(self) -> None:
+        """See Host."""
+
     def config_changed(self) -> None:
         self.registers.transport.config_changed()
 

@@ -69,6 +69,9 @@ class VmmciLab:
     def interrupt(self, _source: int) -> None:
         self.interrupts += 1
 
+    def checkpoint(self) -> None:
+        """See Host."""
+
     def config_changed(self) -> None:
         self.registers.transport.config_changed()
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 SYNC_DEADLINE: Final = 5.0  # seconds a register access may take, behind the request at work, too
 BUSY_DEADLINES: Final = 12  # of these in a row, while the device waits for the host: a minute
+READ_ATTEMPTS: Final = 20  # processes that may die over a read, one after the other
 ASYNC_DEADLINE: Final = 0.2  # seconds the loop waits for the rest of a message
 CALL_DEADLINE: Final = 2.0  # seconds that the loop waits for the answer to a command
 LATE_DEADLINE: Final = 60.0  # seconds until a device that owes an answer is given up
@@ -95,8 +96,9 @@ class DeviceChannel:
 
     def read(self, reg: int, size: int) -> tuple[int, int]:
         """Read a device register: (value, interrupt state). All-ones from a dead device."""
-        end = time.monotonic() + SYNC_DEADLINE
-        while self._there(end):
+        for _ in range(READ_ATTEMPTS):
+            if not self._there(time.monotonic() + SYNC_DEADLINE):
+                break
             with self._lock:
                 if self._sync is not None:
                     self.messages += 2

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Final
 
 from config.errors import PyvmError
 from devices.spec import INFLIGHT_STRIDE, JOURNAL_HALF
-from vmm import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +29,9 @@ class Lasting:
     def __init__(self, name: str, nr_queues: int) -> None:
         """Make it for the process of so many queues. Raises OSError."""
         self._name = name
-        sizes = {"journal": 2 * JOURNAL_HALF, "inflight": INFLIGHT_STRIDE * nr_queues}
+        sizes = {"journal": 2 * JOURNAL_HALF}
+        if nr_queues:
+            sizes["inflight"] = INFLIGHT_STRIDE * nr_queues
         #: For every process of the device.
         self.fds = {word: os.memfd_create(f"pyvmd-{word}", os.MFD_CLOEXEC) for word in sizes}
         for word, size in sizes.items():
@@ -51,7 +52,6 @@ class Lasting:
         `stop` ends the old ones, and tells whether they have ended by a deadline on the monotonic
         clock: none of them may run beside a new one.
         """
-        log.limited(f"{self._name} ended", "another process takes its place", self._name)
         young = time.monotonic() - self._since < _YOUNG
         self._young = self._young + 1 if young else 0
         while self._young < _YOUNG_MAX:

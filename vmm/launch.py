@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from config.errors import HostError
 from devices import viodev
 from devices.loop import READ
+from devices.spec import LASTING, QUEUE_PAIRS
 from devices.viodev import Channel, ChannelError, ImsgType, MsgType
 from vmm import log
 from vmm.channel import ASYNC_DEADLINE, SYNC_DEADLINE, DeviceChannel, describe
@@ -51,6 +52,12 @@ class DeviceProcess:
         self.name, self.pid, self.channel = name, pid, channel
         self._pidfd = pidfd
         self.ended = ""  # how, in words; "" while it runs
+        self.cause = ""  # what went wrong with its channel, if that came first
+
+    @property
+    def end(self) -> str:
+        """How it ended, and why."""
+        return (self.ended or "given up") + (f" ({self.cause})" if self.cause else "")
 
     def kill(self) -> None:
         """End it, whatever it does."""
@@ -207,7 +214,8 @@ def _become_spawner(
     try:
         from devices import spawner  # not before the fork: the VM process never needs it
 
-        spawner.serve(sock, vm, jail, uid, queue_pairs=queue_pairs)
+        further = LASTING + QUEUE_PAIRS * queue_pairs
+        spawner.serve(sock, vm, jail, uid, further=further)
         status = 0
     finally:
         os._exit(status)

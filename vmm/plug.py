@@ -2,8 +2,8 @@
 
     vm.yaml ─► one row per device ─► channel, eventfds, PCI function ─► order ─► spawner ─► process
 
-A device whose process dies stays on the bus: its registers
-read as all-ones, the VM lives on, and `status` says so.
+When a process dies another one takes its place (`vmm/lasting.py`). Where none can, the device
+stays on the bus: its registers read as all-ones, the VM lives on, and `status` says so.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from vmm import log
 from vmm.channel import DeviceChannel
 from vmm.counters import Counters
 from vmm.interrupts import CONFIG
+from vmm.lasting import Lasting
 from vmm.launch import Order
 from vmm.rows import Row, open_drive, rows
 from vmm.virtio_pci import VirtioFunction
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
     from config.model import VmConfig
     from devices.loop import Loop
-    from vmm.lasting import Lasting
     from vmm.launch import DeviceProcess, Spawner
     from vmm.machine import Machine
     from vmm.net.network import Network
@@ -59,19 +59,17 @@ class Device:
         self.row, self.name = row, row.name
         self._config, self._machine = config, machine
         self.process: DeviceProcess | None = None
-        self.cause = ""  # what went wrong with its channel, if that came first
         self.lost = ""  # why nobody serves it any more
         self.channel = DeviceChannel(row.name, loop, failed)
         self.counters = Counters(row.kind, row.processes)
         self.channel.is_busy = self.counters.busy
         self.others: Pairs | None = None
-        self.lasting: Lasting | None = None
-        if row.processes > 1:
-            from vmm.lasting import Lasting  # 1 ms with the next, which most VMs do not spend
-            from vmm.netpairs import Hand, Pairs
-
-            self.lasting = Lasting(row.name, row.queues)
+        self.lasting = Lasting(row.name, row.queues) if row.lasts else None
+        if self.lasting is not None:
             self.channel.handled = self.lasting.handled
+        if row.processes > 1:
+            from vmm.netpairs import Hand, Pairs  # 1 ms, which most VMs do not spend
+
             taps = {n: row.fds[f"tap{n}"] for n in range(1, row.processes)}
             self.others = Pairs(row.name, taps, Hand(loop, spawner, self._order, hand))
         self._kicks = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(row.queues)]
@@ -195,6 +193,9 @@ class Devices:
         """
         self._died, self._spawner, self._paused = died, spawner, False
         self._devices: dict[str, Device] = {}
+        #: Called on the loop's thread with the name of a device of which a process has ended, and
+        #: how; another one has its place.
+        self.on_replaced: Callable[[str, str], None] = lambda name, how: None
         #: Called on the loop's thread with the name of a device and a word it has said.
         self.on_event: Callable[[str, str], None] = lambda name, word: None
         spawner.on_death = self._ended
@@ -332,8 +333,8 @@ class Devices:
     def _failed(self, name: str, why: str) -> None:
         """A device's channel is no good any more: end what may still run behind it."""
         device = self._devices[name]
-        device.cause = device.cause or why
         if device.process is not None:
+            device.process.cause = device.process.cause or why
             device.process.kill()  # its end comes back as _ended()
         if device.lasting is not None:
             self._revive(device)
@@ -343,20 +344,24 @@ class Devices:
         device = self._devices.get(process.name)
         if device is None:
             any(one.others.ended(process) for one in self._devices.values() if one.others)
-        elif device.lasting is None:
-            self._lost(device, process)
-        elif process is device.process:
+            return
+        if device.lasting is None:
+            self._lost(device, process, process.end)
+            return
+        if process is device.process:
             device.channel.hang_up()
             self._revive(device)
+        if not device.lost:
+            how = f"process {process.pid} {process.end}"
+            log.limited(f"{device.name} ended", f"{how}: another has its place", device.name)
+            self.on_replaced(device.name, how)
 
-    def _lost(self, device: Device, process: DeviceProcess) -> None:
+    def _lost(self, device: Device, process: DeviceProcess, how: str) -> None:
         """Nobody serves a device any more."""
         if device.others is not None:
             device.others.stop()
         device.channel.close()
-        device.lost = f"process {process.pid} {process.ended or 'given up'}"
-        if device.cause:
-            device.lost += f" ({device.cause})"
+        device.lost = f"process {process.pid} {how}"
         log.error(f"device lost: {device.lost}", device.name)
         self._died(device.name, device.lost)
 
@@ -373,10 +378,8 @@ class Devices:
             device.launch(self._spawner, {"resumes": True, "paused": self._paused})()
 
         if lasting.revive(device.stop, launch):
-            device.cause = ""
             return device.channel.alive
-        device.cause = lasting.cause
-        self._lost(device, old)
+        self._lost(device, old, f"{old.end}; {lasting.cause}")
         return False
 
 

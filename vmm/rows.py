@@ -43,6 +43,14 @@ class Row(NamedTuple):
         return self.other or SPECS[self.kind]
 
     @property
+    def lasts(self) -> bool:
+        """Whether another process goes on when one is killed.
+
+        What speaks to somebody else on a stream cannot: nobody knows where in it the other is.
+        """
+        return self.kind != VHOST and "stream0" not in self.fds
+
+    @property
     def processes(self) -> int:
         """How many serve it: one for each queue of a tap, else one for all."""
         return max(sum(name.startswith("tap") for name in self.fds), 1)

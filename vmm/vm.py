@@ -99,6 +99,7 @@ class VirtualMachine:
             self._peers.announce = self.announce
         parts.callback(machine.halt)  # while devices still have the eventfds that KVM knows
         self._devices.on_event = self._device_says
+        self._devices.on_replaced = self._device_replaced
         machine.meanwhile = self._devices.revive
         self._descent = Descent(self, self._devices, machine.board, loop.timer, config.vmmci)
         if self._devices.drive is not None:
@@ -311,6 +312,9 @@ class VirtualMachine:
 
     def _device_lost(self, name: str, how: str) -> None:
         self._control.emit("X_PYVMD_DEVICE_LOST", {"device": name, "reason": how})
+
+    def _device_replaced(self, name: str, how: str) -> None:
+        self._control.emit("X_PYVMD_DEVICE_REPLACED", {"device": name, "reason": how})
 
     def _device_says(self, device: str, word: str) -> None:
         """Act on an event of a device, which may be compromised: at worst it hurts its own VM."""

@@ -14,7 +14,8 @@ from devices.viodev import CONFIG_CHANGE
 from tests import netlab
 from tests.conformance.test_net_send import tcp_frame
 from tests.netdriver import HEADER
-from tests.pairlab import DEADLINE, MQ, PairLab, shared_out, wait_until
+from tests.pairlab import MQ, PairLab, shared_out
+from tests.pluglab import DEADLINE, wait_until
 from tests.vionetlab import OWN, frame_of
 from tools.viodriver.private import facts as facts_of
 

@@ -84,6 +84,9 @@ class Host:
         if self.rings is not None:
             self.rings.bells.schedule(index)
 
+    def checkpoint(self) -> None:
+        """See Host."""
+
     def config_changed(self) -> None:
         if self.talk is not None:
             self.talk.config_changed()

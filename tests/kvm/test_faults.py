@@ -232,20 +232,49 @@ def test_disk_full_under_the_log(start_vm: Callable[[dict[str, Any]], GuestVm]) 
 
 
 def test_device_process_killed(start_vm: Callable[[dict[str, Any]], GuestVm]) -> None:
-    """A device process that dies is named with its status; the VM and other devices live on."""
+    """Each is named with its status, and another has its place before anybody asks again."""
     vm = start_vm({"name": "vm", "memory": "16M", "boot": {"kernel": HELLO}})
     vm.console.expect("hello>")
     with QmpClient(f"{vm.directory}/control.sock") as client:
-        rng, _ = client.call("x-pyvmd-info")["devices"]
-        assert (rng["name"], rng["state"]) == ("viornd", "running")
-        os.kill(rng["pid"], signal.SIGKILL)
-        event = next(event for event in client.events(10) if "DEVICE" in event["event"])
-        assert event["data"]["device"] == "viornd"
-        assert f"process {rng['pid']} killed by signal 9" in event["data"]["reason"]
-        rng, _ = client.call("x-pyvmd-info")["devices"]
-        assert rng["state"] == "lost"
+        for life in (1, 2, 3):
+            for device in client.call("x-pyvmd-info")["devices"]:
+                assert (device["state"], device["lives"]) == ("running", life)
+                os.kill(device["pid"], signal.SIGKILL)
+                event = next(event for event in client.events(10) if "DEVICE" in event["event"])
+                assert event["event"] == "X_PYVMD_DEVICE_REPLACED"
+                how = f"process {device['pid']} killed by signal 9"
+                assert event["data"]["device"] == device["name"]
+                assert event["data"]["reason"].startswith(how)
+                assert f"{device['name']}: {how}" in vm.log()
+        vm.console.send("help\r")
+        vm.console.expect("triple fault")
+        for verb in ("pause", "unpause", "reset"):
+            for device in client.call("x-pyvmd-info")["devices"]:
+                os.kill(device["pid"], signal.SIGKILL)
+            assert pyvmctl(verb, "vm").returncode == 0
+    vm.console.expect("Hello from")
+
+
+def test_devices_whose_processes_cannot_live(
+    start_vm: Callable[[dict[str, Any]], GuestVm],
+) -> None:
+    """They are lost, each told once with its cause; the VM lives on, and copes with the holes."""
+    vm = start_vm({"name": "vm", "memory": "16M", "boot": {"kernel": HELLO}})
+    vm.console.expect("hello>")
+    with QmpClient(f"{vm.directory}/control.sock") as client:
+        os.kill(client.call("x-pyvmd-info")["spawner"], signal.SIGKILL)
+        lost = {}
+        for event in client.events(20):
+            if event["event"] == "X_PYVMD_DEVICE_LOST":
+                assert event["data"]["device"] not in lost
+                lost[event["data"]["device"]] = event["data"]["reason"]
+            if len(lost) == 2:
+                break
+        assert sorted(lost) == ["viornd", "vmmci"]
+        assert all("20 processes in a row died at once" in why for why in lost.values())
+        assert {row["state"] for row in client.call("x-pyvmd-info")["devices"]} == {"lost"}
     assert "vm/viornd: device lost" in vm.log()
     vm.console.send("help\r")
     vm.console.expect("triple fault")
-    assert pyvmctl("reset", "vm").returncode == 0  # a reset copes with the hole
+    assert pyvmctl("reset", "vm").returncode == 0
     vm.console.expect("Hello from")

@@ -12,14 +12,13 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
 from devices import tun
 from tests.guestvm import TREE, pyvmctl
-from tests.kvm.lab import DEADLINE, wait_for
+from tests.kvm.lab import wait_for
 from tests.netns import Namespace, namespace
 from vmm.net import programs
 
@@ -73,14 +72,6 @@ def devices(name: str = "net") -> dict[str, dict[str, Any]]:
     return {device["name"]: device for device in live["devices"]}
 
 
-def end(pid: int, number: signal.Signals) -> None:
-    """Send a signal to a VM process, and wait until it has ended."""
-    pidfd = os.pidfd_open(pid)
-    signal.pidfd_send_signal(pidfd, number)
-    assert select.select([pidfd], [], [], DEADLINE)[0]
-    os.close(pidfd)
-
-
 def is_up(ns: Namespace) -> None:
     """Check that all of ALL is there."""
     links = ns.links()
@@ -110,7 +101,8 @@ def test_all_is_gone_after_a_signal(
 ) -> None:
     """Nobody has to ask for it; a start right afterwards finds a clean host."""
     file = write(**ALL)
-    end(start(file), number)
+    pid = start(file)
+    os.kill(pid, number)
     wait_for(ns.untouched, "clearing away")
     start(file)
     is_up(ns)
@@ -122,7 +114,11 @@ def test_a_start_right_after_a_kill_waits_for_the_clearing(
     """The new VM's network is not taken for the old one's."""
     file = write(**ALL)
     for _ in range(2):
-        end(start(file), signal.SIGKILL)
+        pid = start(file)
+        pidfd = os.pidfd_open(pid)
+        os.kill(pid, signal.SIGKILL)
+        assert select.select([pidfd], [], [], 20)[0]
+        os.close(pidfd)
     start(file)
     is_up(ns)
     assert devices()["vionet0"]["state"] == "running"
@@ -138,13 +134,15 @@ def test_a_start_that_fails_late_leaves_nothing(
     assert not os.path.exists(f"{runtime_dir}/net")
 
 
-def test_a_killed_device_process_costs_its_link_only(
-    ns: Namespace, write: Callable[..., str]
-) -> None:
-    """The VM, its other interface and the rules live on."""
+def test_a_killed_device_process_is_replaced(ns: Namespace, write: Callable[..., str]) -> None:
+    """Its tap, the link that was taken down and the rules are there still."""
     start(write(**ALL))
+    assert pyvmctl("nic", "link", "net", "vionet0", "down").returncode == 0
     os.kill(devices()["vionet0"]["pid"], signal.SIGKILL)
-    wait_for(lambda: devices()["vionet0"]["state"] == "lost", "the end of vionet0")
+    wait_for(lambda: devices()["vionet0"]["lives"] == 2, "another process")
+    found = devices()["vionet0"]
+    assert (found["state"], found["network"]["link"]) == ("running", False)
+    assert pyvmctl("nic", "link", "net", "vionet0", "up").returncode == 0
     assert devices()["vionet1"]["state"] == "running"
     assert "pyvmd_vm1if0" in ns.tables()
 
@@ -169,10 +167,9 @@ def test_each_queue_pair_has_a_process_and_gets_another(
     assert pyvmctl("reset", "net").returncode == 0
     for lives, verb in ((2, "status"), (3, "pause"), (4, "unpause"), (5, "reset")):
         found = devices()["vionet1"]
-        os.kill(found["pid"], signal.SIGKILL)
-        with suppress(ProcessLookupError):  # it has ended with the first
-            if found["pairs"][0]["pid"]:  # else it is just being started
-                os.kill(found["pairs"][0]["pid"], signal.SIGKILL)
+        for pid in (found["pid"], found["pairs"][0]["pid"]):
+            if pid:  # else it is just being started
+                os.kill(pid, signal.SIGKILL)
         assert pyvmctl(verb, "net").returncode == 0
         wait_for(lambda n=lives: devices()["vionet1"]["lives"] >= n, "another process")  # type: ignore[misc]
     found = devices()["vionet1"]

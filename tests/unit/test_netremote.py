@@ -82,6 +82,9 @@ class Lead:
     def schedule(self, index: int) -> None:
         raise NotImplementedError
 
+    def checkpoint(self) -> None:
+        """See Host."""
+
     def config_changed(self) -> None:
         raise NotImplementedError
 
@@ -89,7 +92,8 @@ class Lead:
 class Bench:
     """Remotes of one pair, and the other end of its connection."""
 
-    def __init__(self) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(netremote, "DEADLINE", 0.05)
         self.lead = Lead()
         mine, self.end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         mine.setblocking(False)
@@ -115,9 +119,9 @@ class Bench:
 
 
 @pytest.fixture
-def bench() -> Iterator[Bench]:
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     """One pair, number 3."""
-    made = Bench()
+    made = Bench(monkeypatch)
     yield made
     made.end.close()
     os.close(made.bell)
@@ -143,11 +147,8 @@ def test_a_state_is_sent_once_and_waited_for(bench: Bench) -> None:
     assert bench.lead.told == []
 
 
-def test_one_that_does_not_answer_is_given_up(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_does_not_answer_is_given_up(bench: Bench) -> None:
     """The VM process is told which, and nobody waits for it again."""
-    monkeypatch.setattr(netremote, "DEADLINE", 0.05)
     bench.remotes.follow()
     assert bench.given_up
     assert bench.lead.told == ["pair-3-1"]

@@ -156,20 +156,19 @@ vmmci:                              # IRQ 10
     add edx, COMMAND
     in eax, dx
     mov ebx, eax
-    cmp ebx, 3
-    jne tell
-    ANSWER                          # before it is told: who hears of it may cause another
-tell:
-    lea eax, [ebx + '0']
+    add al, '0'
     mov [digit], al
     mov esi, offset command_text
     call say
     cmp ebx, 3
-    je vmmci_done
+    je acknowledge
     WHEN 'n', vmmci_done
     WHEN 'w', wrong
+acknowledge:
     mov eax, ebx
     ANSWER
+    cmp ebx, 3
+    je vmmci_done
     WHEN 'h', hang
     WHEN 'u', go_away
     WHEN 'o', reset_instead
