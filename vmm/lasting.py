@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 END_DEADLINE: Final = 2.0  # seconds until a process that was killed has ended
-_YOUNG: Final = 0.05  # seconds: one that dies earlier may be of no use
+_YOUNG: Final = 0.05  # seconds: one that dies earlier, and has done nothing, is of no use
 _YOUNG_MAX: Final = 20  # of them in a row
 
 
@@ -39,6 +39,7 @@ class Lasting:
         self.lives = 1  # how many processes there have been
         self.cause = ""  # why there is none
         self._since, self._young = time.monotonic(), 0
+        self._done: object = None  # what they had done, when the last one died
 
     def handled(self) -> int:
         """Return how many register writes are in the journal, which may say anything."""
@@ -46,14 +47,18 @@ class Lasting:
         handled: int = max(halves)[2]
         return handled
 
-    def revive(self, stop: Callable[[float], bool], launch: Callable[[], None]) -> bool:
+    def revive(
+        self, stop: Callable[[float], bool], launch: Callable[[], None], counters: object = None
+    ) -> bool:
         """Have `launch` begin new processes; False, told in `cause`, if they are of no use.
 
         `stop` ends the old ones, and tells whether they have ended by a deadline on the monotonic
-        clock: none of them may run beside a new one.
+        clock: none of them may run beside a new one. The device has counted to `counters`.
         """
-        young = time.monotonic() - self._since < _YOUNG
-        self._young = self._young + 1 if young else 0
+        done, before = (self.handled(), counters), self._done
+        self._done = done
+        useless = done == before and time.monotonic() - self._since < _YOUNG
+        self._young = self._young + 1 if useless else 0
         while self._young < _YOUNG_MAX:
             if not stop(time.monotonic() + END_DEADLINE):
                 self.cause = "a process that was killed does not end"

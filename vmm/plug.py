@@ -377,7 +377,7 @@ class Devices:
         def launch() -> None:
             device.launch(self._spawner, {"resumes": True, "paused": self._paused})()
 
-        if lasting.revive(device.stop, launch):
+        if lasting.revive(device.stop, launch, device.counters.read()):
             return device.channel.alive
         self._lost(device, old, f"{old.end}; {lasting.cause}")
         return False
