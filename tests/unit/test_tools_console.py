@@ -64,37 +64,39 @@ def test_run_returns_what_the_command_printed(guest: FakeGuest) -> None:
     """Not the prompt, not the echo of what was typed, no carriage returns or escapes."""
     guest.serve(lambda viewer: shell(viewer, b"one\r\n\x1b[1mtwo\x1b[0m\r\n", 0))
     with Console(guest.path) as console:
-        console.shell(5)
-        assert console.run("cat file", 5) == "one\ntwo"
+        console.shell(60)
+        assert console.run("cat file", 60) == "one\ntwo"
 
 
 def test_run_of_a_command_that_prints_nothing(guest: FakeGuest) -> None:
     """Empty output is "", whether or not a prompt follows at once."""
     guest.serve(lambda viewer: shell(viewer, b"", 0))
     with Console(guest.path) as console:
-        console.shell(5)
-        assert console.run("true", 5) == ""
+        console.shell(60)
+        assert console.run("true", 60) == ""
 
 
 def test_run_fails_with_the_command(guest: FakeGuest) -> None:
     """A status other than the expected one is an error that shows the output."""
     guest.serve(lambda viewer: shell(viewer, b"no such thing\r\n", 2))
     with Console(guest.path) as console:
-        console.shell(5)
+        console.shell(60)
         with pytest.raises(ConsoleError, match="status 2: no such thing"):
-            console.run("ls x", 5)
+            console.run("ls x", 60)
 
 
 def test_expect_gives_up_in_time_and_shows_what_there_was(guest: FakeGuest) -> None:
     """A guest that hangs costs the timeout, and its last words are in the error."""
-    hold = threading.Event()
+    said, hold = threading.Event(), threading.Event()
 
     def script(viewer: socket.socket) -> None:
         viewer.sendall(b"Kernel panic - not syncing")
-        hold.wait(10)
+        said.set()
+        hold.wait(60)
 
     guest.serve(script)
     with Console(guest.path) as console:
+        assert said.wait(60)
         with pytest.raises(ConsoleError, match=r"(?s)within 0\.2 s.*Kernel panic"):
             console.shell(0.2)
         hold.set()
