@@ -52,8 +52,7 @@ def test_a_drive(layout: int, tmp_path: Path) -> None:
                 assert command(session, read, 3 * BLOCK) == (0, 0, DISC[5 * BLOCK : 8 * BLOCK])
                 assert command(session, b"\x1b\0\0\0\2") == (0, 0, b"")  # eject
                 assert command(session, read, 3 * BLOCK)[1] == 2
-        said = program.said()
-    assert "open" in said
+        program.wait_said("open")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
