@@ -16,6 +16,7 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
+from tests.backends import wait_until
 from tests.guestvm import pyvmctl
 
 if TYPE_CHECKING:
@@ -33,10 +34,11 @@ FRAME: Final = 1514  # bytes of the longest one without offloads, at an MTU of 1
 SECONDS: Final = 2  # of each iperf3
 BULK: Final = 4 << 20  # bytes
 PORT: Final = 5000
-# What udhcpc runs when it has a lease; the address's length comes in bits.
+# What udhcpc runs when it has a lease; the address's length comes in bits. It asks again only after
+# a time in which even a guest on a busy host has seen the answer.
 LEASE: Final = (
     r"printf '#!/bin/sh\n[ $1 = bound ] && ip address add $ip/$mask dev $interface\ntrue\n' > /l; "
-    "chmod +x /l; udhcpc -i eth0 -s /l -n -q -t 20 -T 2"
+    "chmod +x /l; udhcpc -i eth0 -s /l -n -q -t 10 -T 20"
 )
 
 # Sends five frames under an address that is not the guest's, past its driver's own.
@@ -211,8 +213,9 @@ def reboot_amid_frames(vm: GuestVm) -> None:
     before = counters(vm, "vionet0")["tx"]["frames"]
     with subprocess.Popen(flood, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         try:
-            vm.console.run("sleep 1")
-            assert counters(vm, "vionet0")["tx"]["frames"] > before + 20
+            wait_until(
+                lambda: counters(vm, "vionet0")["tx"]["frames"] > before + 20, "it is flooded"
+            )
             # At once: a reboot in good order marks the rings broken, and then Linux 6.1 itself
             # never comes out of its own transmit interrupt.
             vm.console.send("echo b > /proc/sysrq-trigger\n")

@@ -153,7 +153,9 @@ def test_two_guests_on_one_switch(start_vm: Start, disk: str, ns: Namespace) -> 
     one, other = vms
     one.console.run(f"ping -c 3 {LAN_OTHER}")
     other.console.run(f"ping -c 3 {LAN_GUEST}")
-    other.console.run("chroot /mnt iperf3 -s -D; sleep 2")
+    other.console.run(
+        "chroot /mnt iperf3 -s -D; until grep -q ':1451 .* 0A ' /proc/net/tcp*; do :; done"
+    )
     for words in ("", "-R"):
         sender = "linux0" if not words else "linux1"
         vm = one if sender == "linux0" else other
