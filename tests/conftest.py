@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from config.errors import PyvmError
+from tests.descriptors import count_before
 from tests.guestvm import IMAGES, GuestVm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
 
 TIERS: Final = ("kvm", "peers", "guest")
-DESCRIPTORS_MOST: Final = 600  # that tests may leave, most in garbage
+DESCRIPTORS_MOST: Final = 300  # that tests may leave; what is in garbage is not counted
 GUEST_TIMEOUT: Final = 600  # seconds for a test that boots Linux, perhaps inside tools/kvmhost
 
 
@@ -78,7 +79,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _descriptors() -> Iterator[None]:
     """See that few are left open: what is beyond 1023 is nothing for select(2)."""
     yield
-    count = len(os.listdir("/proc/self/fd"))
+    if (count := len(os.listdir("/proc/self/fd"))) >= DESCRIPTORS_MOST:
+        count = count_before()
     assert count < DESCRIPTORS_MOST, f"{count} descriptors are open after this file, or before it"
 
 

@@ -13,6 +13,7 @@ Every step of `Session.begin` can be taken alone, through `session.front`.
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import socket
@@ -80,6 +81,7 @@ class Program:
             pass_fds=[*fds, *([sock.fileno()] if sock else [])],
         )
         self._said = b""
+        self._killed: set[int] = set()
         assert self.process.stderr is not None
         os.set_blocking(self.process.stderr.fileno(), False)
         if not sock:
@@ -135,13 +137,21 @@ class Program:
             select.select([self.process.stderr], [], [], 0.02)
 
     def device_pid(self) -> int:
-        """Return the process that serves the latest connection."""
-        said = self.wait_said("served by process ")
-        return int(said.rpartition("served by process ")[2].split()[0])
+        """Return the process that serves the latest connection.
+
+        It may serve before the program has said so; one that was killed is not it.
+        """
+        self.wait_for(lambda: not self._killed.issuperset(self._served()[-1:]))
+        return self._served()[-1]
 
     def kill_device(self) -> None:
         """SIGKILL for the process that serves the latest connection."""
-        os.kill(self.device_pid(), signal.SIGKILL)
+        pid = self.device_pid()
+        self._killed.add(pid)
+        os.kill(pid, signal.SIGKILL)
+
+    def _served(self) -> list[int]:
+        return [int(pid) for pid in re.findall(r"served by process (\d+)\n", self.said())]
 
 
 class Session:
