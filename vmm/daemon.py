@@ -140,16 +140,18 @@ def start_together(configs: Sequence[VmConfig]) -> list[Started | PyvmError]:
                 pending.append(_fork(config, handlers, mask))
             except HostError as err:
                 pending.append(err)
-        _restore(handlers)
-        _leave_on_signals()
+        for number, handler in handlers.items():
+            # Not by way of SIG_DFL: that would hold for a thread that has not blocked them.
+            signal.signal(number, _leave if handler == signal.SIG_DFL else handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number in waiting:
-            signal.raise_signal(number)
+        for caught in waiting:
+            signal.raise_signal(caught)
         while pending:
             birth = pending[0]
             results.append(_await_report(birth) if isinstance(birth, _Birth) else birth)
             pending.pop(0)
     finally:  # only in haste is there something left
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for birth in pending:
             if isinstance(birth, _Birth):
                 _cancel(birth)

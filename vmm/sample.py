@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from vmm.survey import VmInfo
 
-ANSWER_SECONDS: Final = 2.0
+ANSWER_SECONDS: Final = 3.0
 MAX_ROWS: Final = 256  # devices of a VM, reasons of exits, counters of a device
 _HERTZ: Final = os.sysconf("SC_CLK_TCK")
 _WORD: Final = 64  # characters of a name

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from vmm.survey import VmInfo
 
-ANSWER_SECONDS: Final = 1.0  # a VM that does not answer by then is shown as "unknown"
+ANSWER_SECONDS: Final = 3.0  # a VM that does not answer by then is shown as "unknown"
 
 _STYLES: Final = {
     "STATE": {"running": "green", "paused": "yellow", "crashed": "red", "unknown": "red"}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import tests.examples  # noqa: F401  for what it sets
 from tests.pairlab import PairLab
 from tests.taplab import TapLab
 from tools.viodriver.private import DeviceHost, shared_spawner

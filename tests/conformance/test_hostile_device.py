@@ -25,18 +25,19 @@ from vmm import channel
 from vmm.channel import DeviceChannel
 from vmm.plug import Devices
 
-DEADLINE = 0.2  # seconds; what the VM process grants in this test
+DEADLINE = 0.2  # seconds; what the VM process grants one of which nothing comes
+LONG = 30.0  # seconds; what it grants one that answers, which may have to wait for its CPU
 HEADER = struct.Struct("<IIII")
 
 
 class Peer:
     """One device as the VM process sees it, and the raw ends of its channels."""
 
-    def __init__(self, loop: Loop, name: str) -> None:
+    def __init__(self, loop: Loop, name: str, deadline: float = DEADLINE) -> None:
         self.failures: list[str] = []
         self.channel = DeviceChannel(name, loop, self._failed)
-        sync, self.sync = viodev.pair(name, DEADLINE)
-        async_, self.async_ = viodev.pair(name, DEADLINE)
+        sync, self.sync = viodev.pair(name, deadline)
+        async_, self.async_ = viodev.pair(name, deadline)
         self.channel.open(sync, async_)
         self._loop = loop
 
@@ -46,7 +47,7 @@ class Peer:
 
     def answer(self, reply: Callable[[ViodevMsg], bytes]) -> threading.Thread:
         """Answer register reads on a thread of the device's own, until the channel is closed."""
-        ours = Channel(self.sync.dup(), "vm", 5.0)
+        ours = Channel(self.sync.dup(), "vm", LONG)
 
         def serve() -> None:
             try:
@@ -77,7 +78,7 @@ def honest(message: ViodevMsg) -> bytes:
 def devices() -> Iterator[tuple[Loop, Peer, Peer]]:
     """A loop, an attacker and a good device."""
     loop = Loop()
-    evil, good = Peer(loop, "evil"), Peer(loop, "good")
+    evil, good = Peer(loop, "evil"), Peer(loop, "good", LONG)
     thread = good.answer(honest)
     yield loop, evil, good
     for peer in (evil, good):
@@ -201,7 +202,7 @@ def test_a_device_whose_descriptor_is_a_large_number() -> None:
         while not taken or taken[-1] < 1024:
             taken.append(os.dup(2))
         loop = Loop()
-        far = Peer(loop, "far")
+        far = Peer(loop, "far", LONG)
         far.async_.sendall(frame(ImsgType.PAUSE, b""))
         assert far.channel.call(ImsgType.PAUSE) == b""
         far.channel.close()
@@ -257,20 +258,15 @@ def test_a_message_that_was_taken_already(devices: tuple[Loop, Peer, Peer]) -> N
     assert good.failures == []
 
 
-@pytest.fixture
-def busy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands are waited for as long as everything else here."""
-    monkeypatch.setattr(channel, "CALL_DEADLINE", DEADLINE)
-
-
-@pytest.mark.usefixtures("busy")
-def test_a_slow_answer(devices: tuple[Loop, Peer, Peer]) -> None:
+def test_a_slow_answer(devices: tuple[Loop, Peer, Peer], monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that waits for its disk is not lost; late answers are nobody else's."""
     loop, slow, _ = devices
+    monkeypatch.setattr(channel, "CALL_DEADLINE", DEADLINE)
     for value in (1, 2):
         with pytest.raises(viodev.ChannelError, match="is busy") as busy:
             slow.channel.call(ImsgType.SETTING, b"%d" % value)
         assert "slow disk" in busy.value.hint
+    monkeypatch.setattr(channel, "CALL_DEADLINE", LONG)
     slow.async_.sendall(frame(ImsgType.SETTING, b"one") + frame(ImsgType.SETTING, b"two"))
     slow.async_.sendall(frame(ImsgType.PAUSE, b"three"))
     assert slow.channel.call(ImsgType.PAUSE) == b"three"
@@ -283,12 +279,12 @@ def test_a_slow_answer(devices: tuple[Loop, Peer, Peer]) -> None:
     assert "of type" in lost(loop, slow)
 
 
-@pytest.mark.usefixtures("busy")
 def test_an_answer_that_never_comes(
     devices: tuple[Loop, Peer, Peer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the end the device is given up; everything else was served meanwhile."""
     loop, evil, good = devices
+    monkeypatch.setattr(channel, "CALL_DEADLINE", DEADLINE)
     monkeypatch.setattr(channel, "LATE_DEADLINE", DEADLINE)
     with pytest.raises(viodev.ChannelError, match="is busy"):
         evil.channel.call(ImsgType.PAUSE)

@@ -13,7 +13,7 @@ from devices import nethdr as hdr
 from devices.features import F_RING_PACKED
 from tests.conformance.test_net_send import tcp_frame
 from tests.netdriver import HEADER
-from tests.pairlab import MQ, PairLab, kill, settled, shared_out
+from tests.pairlab import MQ, PairLab, kill, send_flows, settled, shared_out
 from tests.pluglab import DEADLINE, wait_until
 from tests.vionetlab import OWN, frame_of
 from tools.viodriver.private import facts
@@ -72,15 +72,13 @@ def test_buffers_of_a_killed_process_are_filled_by_the_next(
     lab = launch_pairs(2)
     lab.give(100, 512, queue=0)
     lab.give(100, 512, queue=2)
-    first = shared_out(lab, 40)
+    assert shared_out(lab, 40)[1]
     lab.wait_life(1, lab.kill(1))
-    second = shared_out(lab, 60)
-    assert first[1]
-    assert second[1]
-    lab.give(first[0] + second[0], 512, queue=0)
-    lab.give(first[1] + second[1], 512, queue=2)
-    assert len(lab.queues[2].collect()) == 0
-    assert lab.queues[2].outstanding == 100
+    assert shared_out(lab, 60)[1]
+    receivers = lab.queues[0], lab.queues[2]
+    assert [one.outstanding for one in receivers] == [100, 100]
+    send_flows(lab, 400)  # more than there is room for, by either pair
+    wait_until(lambda: not any(one.collect() or one.outstanding for one in receivers))
 
 
 @pytest.mark.parametrize("who", WHO)
@@ -166,7 +164,7 @@ def test_settings_outlive_the_process(launch_pairs: Callable[..., PairLab]) -> N
     lab.send(frame_of(60), queue=3)
     wait_until(lambda: lab.network()["tx"]["drops"] == {"link down": 1})
     assert lab.setting("link", True) is True
-    kill(lab, (0,))
+    lab.wait_life(0, lab.kill(0))  # else the pair could begin to send, and lose what waits
     begun = time.monotonic()
     lab.send(*[frame_of(60)] * 30, queue=3)
     assert time.monotonic() - begun > (30 - 2 * 5 - 2) / 50 * 0.9

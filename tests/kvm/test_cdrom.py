@@ -83,18 +83,19 @@ def test_discs_come_and_go(directory: str) -> None:
             if event["event"] == "DEVICE_TRAY_MOVED"
         ]
         assert moved == [{"id": "vioscsi", "tray-open": on} for on in (True, False)]
-    before = fds()
+    before = fds(directory)
     for path in (first, second) * 5:
         assert pyvmctl("cdrom", "insert", "hello", path).returncode == 0
     assert drive()["medium"] == second
-    assert fds() == before
+    assert fds(directory) == before
 
 
-def fds() -> list[int]:
-    """How many descriptors VM process and drive have."""
+def fds(directory: str) -> list[int]:
+    """How many descriptors VM process and drive have, with this one control client."""
     facts = json.loads(pyvmctl("status", "--json", "hello").stdout)
     [found] = [row for row in facts["live"]["devices"] if row["name"] == "vioscsi"]
-    return [len(os.listdir(f"/proc/{pid}/fd")) for pid in (facts["pid"], found["pid"])]
+    with QmpClient(f"{directory}/hello/control.sock"):  # by then those before it have gone
+        return [len(os.listdir(f"/proc/{pid}/fd")) for pid in (facts["pid"], found["pid"])]
 
 
 def test_an_empty_drive_and_mistakes(directory: str) -> None:

@@ -12,13 +12,14 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
 from devices import tun
 from tests.guestvm import TREE, pyvmctl
-from tests.kvm.lab import wait_for
+from tests.kvm.lab import DEADLINE, wait_for
 from tests.netns import Namespace, namespace
 from vmm.net import programs
 
@@ -72,6 +73,14 @@ def devices(name: str = "net") -> dict[str, dict[str, Any]]:
     return {device["name"]: device for device in live["devices"]}
 
 
+def end(pid: int, number: signal.Signals) -> None:
+    """Send a signal to a VM process, and wait until it has ended."""
+    pidfd = os.pidfd_open(pid)
+    signal.pidfd_send_signal(pidfd, number)
+    assert select.select([pidfd], [], [], DEADLINE)[0]
+    os.close(pidfd)
+
+
 def is_up(ns: Namespace) -> None:
     """Check that all of ALL is there."""
     links = ns.links()
@@ -101,8 +110,7 @@ def test_all_is_gone_after_a_signal(
 ) -> None:
     """Nobody has to ask for it; a start right afterwards finds a clean host."""
     file = write(**ALL)
-    pid = start(file)
-    os.kill(pid, number)
+    end(start(file), number)
     wait_for(ns.untouched, "clearing away")
     start(file)
     is_up(ns)
@@ -114,11 +122,7 @@ def test_a_start_right_after_a_kill_waits_for_the_clearing(
     """The new VM's network is not taken for the old one's."""
     file = write(**ALL)
     for _ in range(2):
-        pid = start(file)
-        pidfd = os.pidfd_open(pid)
-        os.kill(pid, signal.SIGKILL)
-        assert select.select([pidfd], [], [], 20)[0]
-        os.close(pidfd)
+        end(start(file), signal.SIGKILL)
     start(file)
     is_up(ns)
     assert devices()["vionet0"]["state"] == "running"
@@ -167,9 +171,10 @@ def test_each_queue_pair_has_a_process_and_gets_another(
     assert pyvmctl("reset", "net").returncode == 0
     for lives, verb in ((2, "status"), (3, "pause"), (4, "unpause"), (5, "reset")):
         found = devices()["vionet1"]
-        for pid in (found["pid"], found["pairs"][0]["pid"]):
-            if pid:  # else it is just being started
-                os.kill(pid, signal.SIGKILL)
+        os.kill(found["pid"], signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has ended with the first
+            if found["pairs"][0]["pid"]:  # else it is just being started
+                os.kill(found["pairs"][0]["pid"], signal.SIGKILL)
         assert pyvmctl(verb, "net").returncode == 0
         wait_for(lambda n=lives: devices()["vionet1"]["lives"] >= n, "another process")  # type: ignore[misc]
     found = devices()["vionet1"]

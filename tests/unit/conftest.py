@@ -5,18 +5,21 @@ from __future__ import annotations
 import gc
 import os
 import signal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from tests.unit.cli_fakes import FakeVm, Pyvmctl
+import tests.examples  # noqa: F401  for what it sets
+from tests.unit.cli_fakes import DEADLINE, FakeVm, Pyvmctl
 from tests.unit.cli_start_lab import StartLab
 from tests.unit.image_lab import MIB, fill, pattern, qemu_img, raw
-from vmm import daemon, log, survey, verb_control, verb_status
+from vmm import log, sample, survey, verb_control, verb_status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+SHORT: Final = 0.3  # seconds; for what never comes
 
 
 @pytest.fixture(scope="module")
@@ -30,21 +33,28 @@ def others_garbage_kept() -> Iterator[None]:
 
 @pytest.fixture
 def run_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A runtime directory for this test alone, and short deadlines for its fake VMs."""
+    """A runtime directory for this test alone, and all the time that its fake VMs may need."""
     path = tmp_path / "run"
     path.mkdir(0o700)
     monkeypatch.setenv("PYVMD_RUNTIME_DIR", str(path))
-    monkeypatch.setattr(verb_status, "ANSWER_SECONDS", 0.3)
-    monkeypatch.setattr(verb_control, "FORCE_SECONDS", 0.3)
+    monkeypatch.setattr(verb_status, "ANSWER_SECONDS", DEADLINE)
+    monkeypatch.setattr(sample, "ANSWER_SECONDS", DEADLINE)
+    monkeypatch.setattr(verb_control, "FORCE_SECONDS", DEADLINE)
     return path
 
 
 @pytest.fixture
-def fake_vm(run_root: Path) -> Iterator[Callable[..., FakeVm]]:
-    """Makes fake VMs and ends what is left of them."""
+def fake_vm(run_root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FakeVm]]:
+    """Makes fake VMs and ends what is left of them. For one that never obeys, deadlines are short.
+
+    Only then, since a process may have to wait for its CPU for as long.
+    """
     made: list[FakeVm] = []
 
     def make(*words: str, **answers: Any) -> FakeVm:
+        if answers.get("deaf") or answers.get("stubborn"):
+            monkeypatch.setattr(verb_status, "ANSWER_SECONDS", SHORT)
+            monkeypatch.setattr(verb_control, "FORCE_SECONDS", SHORT)
         made.append(FakeVm(*words, **answers))
         return made[-1]
 
@@ -67,7 +77,6 @@ def lab(
     deadly = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in deadly}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job may have it ignored
-    monkeypatch.setattr(daemon, "CANCEL_SECONDS", 0.5)
     made = StartLab(tmp_path, monkeypatch, capsys)
     yield made
     for info in survey.survey():

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config.errors import ConfigError, HostError
+from tests.descriptors import count_before
 from tests.unit import boot_images as make
 from vmm import boot, bootfile
 from vmm.loader import CMDLINE, GDT, PML4, ZERO_PAGE
@@ -50,7 +51,7 @@ def test_open_images_opens_kernel_and_initrd(tmp_path: Path) -> None:
     kernel, initrd = tmp_path / "vmlinuz", tmp_path / "initrd"
     kernel.write_bytes(b"k")
     initrd.write_bytes(b"i")
-    before = open_fds()
+    before = count_before()
 
     with boot.open_images(make.config(kernel, initrd, "quiet")) as files:
         assert os.pread(files.kernel, 8, 0) == b"k"
@@ -85,7 +86,7 @@ def test_open_images_refuses_what_is_no_file(
     os.mkfifo(tmp_path / "fifo")
     good, bad = str(tmp_path / "file"), f"{tmp_path}/{name}"
     paths = make.config(bad) if kind == "kernel" else make.config(good, bad)
-    before = open_fds()
+    before = count_before()
 
     with pytest.raises(ConfigError, match=message) as caught:
         boot.open_images(paths)
@@ -241,7 +242,7 @@ def test_what_is_no_kernel(guest: make.Guest, data: bytes, looks_like: str) -> N
 )
 def test_bad_gzip_is_refused(guest: make.Guest, data: bytes, message: str) -> None:
     """A gzip file that ends early, is damaged, or would not fit RAM is refused; no fd is left."""
-    before = open_fds()
+    before = count_before()
 
     with pytest.raises(ConfigError, match=f"kernel kernel.img: {message}"):
         guest.load(data)
@@ -253,7 +254,7 @@ def test_bad_gzip_is_refused(guest: make.Guest, data: bytes, message: str) -> No
 def test_gzip_unpacks_all_of_it(guest: make.Guest, size: int) -> None:
     """What is loaded from a gzip file is what was packed, also across the unpacking chunks."""
     code = os.urandom(size // 2) + bytes(size - size // 2)
-    before = open_fds()
+    before = count_before()
 
     entry = guest.load(gzip.compress(make.elf([make.Part(code)]), 1))
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from config.errors import HostError
+from tests.descriptors import count_before
 from vmm.cdrom import Drive
 
 if TYPE_CHECKING:
@@ -48,9 +49,9 @@ def test_a_disc_that_the_device_refuses_is_let_go(disc: Path) -> None:
         raise HostError("the guest has locked the tray")
 
     drive.send = locked
-    before = os.listdir("/proc/self/fd")
+    before = count_before()
     with pytest.raises(HostError, match="locked"):
         drive.insert(drive.fds["medium"], "other.iso", force=False)
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert len(os.listdir("/proc/self/fd")) == before
     assert drive.facts["medium"] == str(disc)
     drive.close()

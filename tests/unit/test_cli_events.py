@@ -41,8 +41,8 @@ def test_events_come_as_they_happen_and_end_with_the_vm(
         assert pyvmctl("reset", "web") == 0
     first = following.stdout.readline()
     assert pyvmctl("stop", "-f", "web") == 0
-    assert following.wait(DEADLINE) == 0
-    following.stdout.close()
+    following.communicate(timeout=DEADLINE)
+    assert following.returncode == 0
     if words:
         event = json.loads(first)
         assert (event["event"], event["data"]["reason"]) == ("RESET", "host-qmp-system-reset")

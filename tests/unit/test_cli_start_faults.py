@@ -17,7 +17,7 @@ import pytest
 from config.errors import ConfigError, KvmError, PyvmError
 from tests.unit.cli_fakes import DEADLINE
 from tests.unit.cli_start_lab import fails, runs
-from vmm import cli, survey
+from vmm import cli, daemon, survey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -255,8 +255,11 @@ def signals_starter(number: int, *, stubborn: bool = False) -> Run:
 
 
 @pytest.mark.parametrize("stubborn", [False, True])
-def test_interrupt_during_start_leaves_nothing(stubborn: bool, lab: StartLab) -> None:
+def test_interrupt_during_start_leaves_nothing(
+    stubborn: bool, lab: StartLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """^C while waiting ends the VM process, by SIGKILL if need be, and tidies up: status 130."""
+    monkeypatch.setattr(daemon, "CANCEL_SECONDS", 0.1 if stubborn else DEADLINE)
     lab.vm_is(signals_starter(signal.SIGINT, stubborn=stubborn))
 
     assert lab.start() == 130
@@ -299,9 +302,7 @@ def test_a_vm_outlives_a_starter_that_is_killed(lab: StartLab) -> None:
     assert os.WTERMSIG(status) == signal.SIGKILL
 
     deadline = time.monotonic() + DEADLINE
-    while not (lab.root / "web" / "vm.json").exists():
+    while not ((lab.root / "web" / "vm.json").exists() and lab.pid()):
         assert time.monotonic() < deadline
         select.select([], [], [], 0.005)
-    pid = lab.pid()
-    assert pid
     cli.main(["stop", "-f", "web"])  # not our child any more

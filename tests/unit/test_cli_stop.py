@@ -264,14 +264,22 @@ def test_time_that_is_over_is_waited_no_more(
 
 
 def test_a_vm_process_killed_while_it_reboots(
-    pyvmctl: Pyvmctl, fake_vm: Callable[..., FakeVm]
+    pyvmctl: Pyvmctl, fake_vm: Callable[..., FakeVm], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That is no matter of time, and whoever waits is told what happened, at once."""
     vm = fake_vm()
-    killer = threading.Timer(0.3, os.kill, (vm.pid, signal.SIGKILL))
-    killer.start()
+    wait = verb_control._await_reset
+
+    def killed(*arguments: Any) -> None:
+        killer = threading.Timer(0.1, os.kill, (vm.pid, signal.SIGKILL))
+        killer.start()
+        try:
+            wait(*arguments)
+        finally:
+            killer.join()
+
+    monkeypatch.setattr(verb_control, "_await_reset", killed)
     assert pyvmctl("reboot", "--timeout", "600", "web") == 1
-    killer.join()
     assert "web: has ended instead of rebooting (see 'pyvmctl log web')" in pyvmctl.err
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 GUEST, GATE = "100.64.1.3", "100.64.1.2"
 OUTSIDE, HOST = "192.0.2.2", "192.0.2.1"
-TIMEOUT: Final = 5  # seconds, for what must come
+TIMEOUT: Final = 20  # seconds, for what must come
 SILENCE: Final = 1  # seconds, for what must not
 
 SERVER = """

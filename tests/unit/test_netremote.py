@@ -92,8 +92,7 @@ class Lead:
 class Bench:
     """Remotes of one pair, and the other end of its connection."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(netremote, "DEADLINE", 0.05)
+    def __init__(self) -> None:
         self.lead = Lead()
         mine, self.end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         mine.setblocking(False)
@@ -119,9 +118,9 @@ class Bench:
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+def bench() -> Iterator[Bench]:
     """One pair, number 3."""
-    made = Bench(monkeypatch)
+    made = Bench()
     yield made
     made.end.close()
     os.close(made.bell)
@@ -147,8 +146,11 @@ def test_a_state_is_sent_once_and_waited_for(bench: Bench) -> None:
     assert bench.lead.told == []
 
 
-def test_one_that_does_not_answer_is_given_up(bench: Bench) -> None:
+def test_one_that_does_not_answer_is_given_up(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The VM process is told which, and nobody waits for it again."""
+    monkeypatch.setattr(netremote, "DEADLINE", 0.05)
     bench.remotes.follow()
     assert bench.given_up
     assert bench.lead.told == ["pair-3-1"]

@@ -413,21 +413,21 @@ def test_waiting_ends_with_the_vm(web: RunDir) -> None:
 
 
 @pytest.mark.timeout(20)
-def test_a_vm_that_was_started_again_has_ended(web: RunDir, root: Path) -> None:
+def test_a_vm_that_was_started_again_has_ended(
+    web: RunDir, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a service that is restarted: who waits for the run before does not wait for this one."""
     info = survey.wait_end("web", pid=os.getppid())
     assert info is not None
     assert (info.state, info.pid, info.exit) == ("stopped", 0, {"detail": survey.RESTARTED})
 
-    def again() -> None:  # this process had it, and now another one has
+    def again(_seconds: float) -> None:  # this process had it, and now another one has
         (root / "web" / "pid").write_text(f"{os.getppid()}\n")
 
     assert survey.lookup("web").pid == os.getpid()
     (root / "web" / "pid").write_text("999999999\n")  # one that cannot be waited for
-    starter = threading.Timer(0.05, again)
-    starter.start()
+    monkeypatch.setattr("vmm.survey.time.sleep", again)  # between two looks
     info = survey.wait_end("web")
-    starter.join()
     assert info is not None
     assert info.exit == {"detail": survey.RESTARTED}
 

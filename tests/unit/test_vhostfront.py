@@ -35,6 +35,7 @@ from devices.vhostwire import (
     PeerError,
     Wire,
 )
+from tests.descriptors import count_before
 from tests.vhostpeer import VhostPeer
 
 
@@ -285,7 +286,7 @@ def test_inflight_area_that_cannot_be(
     made = pack("<QQHH4x", size, offset, 1, 128)
     peer.answers[Front.GET_INFLIGHT_FD] = lambda m: Message(m.request, REPLY, made, (memory,))
     front.negotiate()
-    before = nr_open()
+    before = count_before()
     with pytest.raises(PeerError, match="in-flight area"):
         front.get_inflight(1, 128)
     assert nr_open() == before
@@ -362,7 +363,7 @@ def test_nonsense_on_the_back_channel(
     back = front.open_back_channel()
     assert peer.back is not None
     for fds in ((), (memory,)):
-        before = nr_open()
+        before = count_before()
         peer.back.send(message._replace(fds=fds))
         with pytest.raises(PeerError, match=r"request \d+"):
             back.receive()
@@ -405,7 +406,7 @@ def test_lies(front: FrontEnd, peer: VhostPeer, request_: Front, lie: Liar) -> N
     """An answer to another question, too short, too long, or with descriptors is an error."""
     peer.protocol |= P_CONFIG | P_INFLIGHT_SHMFD
     front.negotiate()
-    before = nr_open()
+    before = count_before()
     peer.answers[request_] = lie
     ask: dict[Front, Callable[[], object]] = {
         Front.GET_FEATURES: front.negotiate,

@@ -10,6 +10,7 @@ import pytest
 
 from devices import vhostwire
 from devices.vhostwire import FRONT, HEADER, Front, Message, PeerError, Wire, misshapen
+from tests.descriptors import count_before
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_in_pieces(ends: tuple[Wire, socket.socket]) -> None:
 def test_nonsense(ends: tuple[Wire, socket.socket], data: bytes, count: int, match: str) -> None:
     """What cannot be a message is an error, and its descriptors are closed."""
     wire, theirs = ends
-    before = nr_open()
+    before = count_before()
     socket.send_fds(theirs, [data], [theirs.fileno()] * count)
     with pytest.raises(PeerError, match=match):
         wire.receive()
@@ -78,7 +79,7 @@ def test_nonsense(ends: tuple[Wire, socket.socket], data: bytes, count: int, mat
 def test_descriptor_in_the_middle(ends: tuple[Wire, socket.socket]) -> None:
     """Descriptors come with the first byte of a message, or not at all."""
     wire, theirs = ends
-    before = nr_open()
+    before = count_before()
     data = HEADER.pack(Front.SET_FEATURES, vhostwire.VERSION, 8) + bytes(8)
     socket.send_fds(theirs, [data[:4]], [theirs.fileno()])
     assert wire.receive() is None
@@ -91,7 +92,7 @@ def test_descriptor_in_the_middle(ends: tuple[Wire, socket.socket]) -> None:
 def test_end(ends: tuple[Wire, socket.socket]) -> None:
     """A peer that hangs up half-way takes its descriptors along."""
     wire, theirs = ends
-    before = nr_open()
+    before = count_before()
     socket.send_fds(theirs, [b"\1"], [wire.fileno()])
     assert wire.receive() is None
     theirs.close()

@@ -156,19 +156,20 @@ vmmci:                              # IRQ 10
     add edx, COMMAND
     in eax, dx
     mov ebx, eax
-    add al, '0'
+    cmp ebx, 3
+    jne tell
+    ANSWER                          # before it is told: who hears of it may cause another
+tell:
+    lea eax, [ebx + '0']
     mov [digit], al
     mov esi, offset command_text
     call say
     cmp ebx, 3
-    je acknowledge
+    je vmmci_done
     WHEN 'n', vmmci_done
     WHEN 'w', wrong
-acknowledge:
     mov eax, ebx
     ANSWER
-    cmp ebx, 3
-    je vmmci_done
     WHEN 'h', hang
     WHEN 'u', go_away
     WHEN 'o', reset_instead
