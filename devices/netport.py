@@ -23,6 +23,7 @@ class Port(Protocol):
     """One queue pair's way out. All calls return at once."""
 
     fd: int
+    edge: int  # EPOLLET, or 0: what to watch the descriptor with
 
     @property
     def receive(self) -> Callable[[Sequence[memoryview]], int]:
@@ -35,9 +36,6 @@ class Port(Protocol):
     @property
     def send(self) -> Callable[[Sequence[bytes | memoryview]], int]:
         """Write one frame, its first part the header. Raises BlockingIOError, unsent; OSError."""
-
-    def flush(self) -> bool:
-        """Write what is left of the latest frame; False if some of it still is. Raises OSError."""
 
     @property
     def buffered(self) -> bool:
@@ -78,7 +76,7 @@ class Watch:
         broken: Callable[[], None],
     ) -> None:
         """Call `readable` and `writable` when they are wanted, `broken` at the end of the port."""
-        self._host, self._fd = host, port.fd
+        self._host, self._fd, self._edge = host, port.fd, port.edge
         self._readable, self._writable, self._broken = readable, writable, broken
         self._events = 0
 
@@ -96,7 +94,7 @@ class Watch:
                 self._host.unwatch(self._fd)
             self._events = events
             if events:
-                self._host.watch(self._fd, self._ready, events)
+                self._host.watch(self._fd, self._ready, events | self._edge)
 
     def _ready(self, events: int) -> None:
         if events & BROKEN and not events & EPOLLIN:

@@ -90,8 +90,6 @@ class Sender:
         """Send what is there, as far as limits and budget go; True if the budget ended it."""
         left = BUDGET
         queue.disable_kicks()
-        if not self._flushed():  # when it is, again() is called
-            return False
         while left > 0:
             if self.limit is not None and (seconds := self.limit.wait()) > 0:
                 self._refilled.arm(seconds)
@@ -100,7 +98,6 @@ class Sender:
             if not frames:
                 if queue.enable_kicks():
                     continue
-                self._flushed()
                 return False
             done: list[tuple[int, int]] = []
             cost = self._send(frames, done)
@@ -113,17 +110,6 @@ class Sender:
                     return False
             left -= abs(cost)
         return True
-
-    def _flushed(self) -> bool:
-        """Finish the latest frame, now or when the port can take more."""
-        try:
-            done = self._port.flush()
-        except OSError as err:
-            self._failed(err)
-            return True
-        if not done and self.watch is not None:
-            self.watch.want(EPOLLOUT)
-        return done
 
     def _send(self, frames: list[Frame], done: list[tuple[int, int]]) -> int:
         """Send frames until one cannot go now; return what they count for.

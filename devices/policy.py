@@ -79,6 +79,7 @@ _TUNSETOFFLOAD: Final = 0x400454D0  # linux/if_tun.h
 _TUNSETVNETHDRSZ: Final = 0x400454D8
 _TUNSETQUEUE: Final = 0x400454D9
 _TUNSETCARRIER: Final = 0x400454E2
+_SIOCOUTQ: Final = 0x5411
 _FIONBIO: Final = 0x5421
 _AF_UNIX: Final = 1
 
@@ -87,7 +88,7 @@ DEVICES: Final = {
     "viornd": Policy((*BASE, *calls("getrandom")), {"FSIZE": 0}),
     "vionet": Policy(
         (
-            *calls("readv writev"),
+            *calls("readv writev recvfrom"),
             *BASE,
             *TAKES,
             Rule(
@@ -96,10 +97,13 @@ DEVICES: Final = {
                     Arg(
                         1,
                         _ANY,
-                        (_TUNSETOFFLOAD, _TUNSETVNETHDRSZ, _TUNSETQUEUE, _TUNSETCARRIER),
+                        (
+                            *(_TUNSETOFFLOAD, _TUNSETVNETHDRSZ, _TUNSETQUEUE, _TUNSETCARRIER),
+                            _SIOCOUTQ,
+                        ),
                     ),
                 ),
-                "TUNSETOFFLOAD, TUNSETVNETHDRSZ, TUNSETQUEUE, TUNSETCARRIER",
+                "TUNSETOFFLOAD, TUNSETVNETHDRSZ, TUNSETQUEUE, TUNSETCARRIER, SIOCOUTQ",
             ),
         ),
         {},

@@ -3,14 +3,23 @@
     u32 length, big-endian     Ethernet frame     u32 length     …        both ways
 
 A stream has no offloads, and knows no virtio header: what comes in gets an empty one, what goes
-out loses its own. Reads are made large and cut up here; of a frame that is written in part, the
-rest is kept, one frame at most, and nothing else is taken until it is gone.
+out loses its own.
+
+**Nobody is ever in the middle of a frame**, so that another process can go on when this one is
+killed: frames are looked at where they wait, and taken when they are whole, many at once; and one
+is written when there is certain to be room for all of it. What has been taken and not delivered is
+lost then, as frames are.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import socket
+from array import array
+from fcntl import ioctl
+from select import EPOLLET
+from termios import TIOCOUTQ
 from typing import TYPE_CHECKING, Final
 
 from devices.nethdr import ETHERNET, HEADER_BYTES, MAX_FRAME
@@ -22,6 +31,8 @@ if TYPE_CHECKING:
 
 _LENGTH: Final = 4
 _ROOM: Final = 2 * (_LENGTH + MAX_FRAME)  # bytes read at once: a whole frame always fits
+_SEND_BUFFER: Final = 4 * MAX_FRAME  # bytes asked for; the kernel gives twice what it allows
+_OVERHEAD: Final = 8192  # bytes of that which a message takes beside twice its length, at most
 
 
 class Stream:
@@ -29,75 +40,81 @@ class Stream:
 
     features = 0
 
+    #: Wakes once for what arrives: a frame in part stays in the socket, and is no work.
+    edge = EPOLLET
+
     def __init__(self, fd: int) -> None:
-        """Take over a connected SOCK_STREAM descriptor."""
+        """Take over a connected SOCK_STREAM descriptor, of AF_UNIX."""
         os.set_blocking(fd, False)
         self.fd = fd
         self.ports: Sequence[Port] = [self]
         self._header = memoryview(bytes(HEADER_BYTES))
         self._buffer = memoryview(bytearray(_ROOM))
-        self._start = self._end = 0  # what of the buffer has not been taken
-        self._unsent = b""
+        self._start = self._end = 0  # whole frames that have not been delivered
+        self._socket = socket.socket(fileno=os.dup(fd))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        self._size = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        self._room = 0  # of that, as far as is known
 
     # Port.
 
     @property
     def buffered(self) -> bool:
-        """Whether a whole frame has been read, and none of it taken."""
-        have = self._end - self._start
-        return have >= _LENGTH and have >= _LENGTH + self._length()
+        """Whether there is a frame that has been taken."""
+        return self._start < self._end
 
     def receive(self, views: Sequence[memoryview]) -> int:
         """Copy the next frame into views. Raises BlockingIOError; OSError at the stream's end."""
-        self._check()
-        if not self.buffered:
-            self._read()
-            self._check()
-            if not self.buffered:
-                raise BlockingIOError
+        if self._start == self._end:
+            self._take()
         at = self._start + _LENGTH
-        stop = at + self._length()
+        stop = at + self._length(self._start)
         done = _fill(views, (self._header, self._buffer[at:stop]))
         self._start = stop
         return done
 
     def send(self, parts: Sequence[bytes | memoryview]) -> int:
         """Write one frame. Raises BlockingIOError, nothing written of it; OSError."""
-        if not self.flush():
-            raise BlockingIOError
         length = sum(map(len, parts)) - len(parts[0])
-        frame = [length.to_bytes(_LENGTH, "big"), *parts[1:]]
-        done = os.writev(self.fd, frame)
-        if done < _LENGTH + length:
-            self._unsent = b"".join(frame)[done:]
+        self._need(2 * length + _OVERHEAD)
+        if os.writev(self.fd, [length.to_bytes(_LENGTH, "big"), *parts[1:]]) != _LENGTH + length:
+            raise OSError(errno.EPROTO, "the socket took a frame in part")
         return length
 
-    def flush(self) -> bool:
-        """Write what is left of the latest frame; False if some of it still is. Raises OSError."""
-        if self._unsent:
-            try:
-                self._unsent = self._unsent[os.write(self.fd, self._unsent) :]
-            except BlockingIOError:
-                return False
-        return not self._unsent
+    def _need(self, room: int) -> None:
+        """Raise BlockingIOError if there is not certainly that much room in the socket.
 
-    def _length(self) -> int:
-        return int.from_bytes(self._buffer[self._start : self._start + _LENGTH], "big")
+        The kernel cuts a message into buffers, and takes one as long as there is any room at all.
+        """
+        if room > self._room:
+            waiting = array("i", [0])
+            ioctl(self.fd, TIOCOUTQ, waiting)
+            self._room = self._size - waiting[0]
+            if room > self._room and waiting[0]:
+                raise BlockingIOError
+        self._room -= room
 
-    def _read(self) -> None:
-        """Read what is there. Raises BlockingIOError, OSError."""
-        buffer, have = self._buffer, self._end - self._start
-        buffer[:have] = buffer[self._start : self._end]
-        self._start, self._end = 0, have
-        got = os.readv(self.fd, [buffer[have:]])
-        if not got:
+    def _length(self, at: int) -> int:
+        return int.from_bytes(self._buffer[at : at + _LENGTH], "big")
+
+    def _take(self) -> None:
+        """Take all frames that are there and whole. Raises BlockingIOError, OSError."""
+        found = self._socket.recv_into(self._buffer, _ROOM, socket.MSG_PEEK)
+        if not found:
             raise OSError(errno.EPIPE, "the other end has hung up")
-        self._end += got
-
-    def _check(self) -> None:
-        """Raise OSError if the next frame cannot be one: nothing behind it makes sense then."""
-        if self._end - self._start >= _LENGTH and not ETHERNET <= self._length() <= MAX_FRAME:
-            raise OSError(errno.EPROTO, f"a frame of {self._length()} bytes is announced")
+        end = 0
+        while end + _LENGTH <= found:
+            length = self._length(end)
+            if not ETHERNET <= length <= MAX_FRAME:  # nothing behind it makes sense
+                if end:
+                    break
+                raise OSError(errno.EPROTO, f"a frame of {length} bytes is announced")
+            if end + _LENGTH + length > found:
+                break
+            end += _LENGTH + length
+        if not end:
+            raise BlockingIOError
+        self._start, self._end = 0, self._socket.recv_into(self._buffer, end)
 
     # Backend.
 
@@ -115,9 +132,8 @@ class Stream:
         """The other end cannot be told."""
 
     def drain(self) -> None:
-        """Frames that were read already are thrown away; the others come late."""
-        while self.buffered:
-            self._start += _LENGTH + self._length()
+        """Frames that were taken already are thrown away; the others come late."""
+        self._start = self._end
 
 
 def _fill(views: Sequence[memoryview], data: Sequence[memoryview]) -> int:

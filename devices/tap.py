@@ -66,15 +66,12 @@ class TapPort:
     """One queue of a tap."""
 
     buffered = False  # what is to be read, epoll knows of
+    edge = 0
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.receive = partial(os.readv, fd)
         self.send = partial(os.writev, fd)
-
-    def flush(self) -> bool:
-        """Frames are written whole."""
-        return True
 
     def attach(self, *, on: bool) -> None:
         """Have frames arrive here, or on the other queues only. Raises OSError: EINVAL if so."""

@@ -99,7 +99,8 @@ class NetLab(VirtioDriver):
         self.interrupts: list[int] = []
         self.scheduled: list[int] = []
         self.said: list[str] = []
-        self.watched: dict[int, tuple[Callable[[int], None], int]] = {}
+        self.watched: dict[int, Callable[[int], None]] = {}
+        self._epoll = select.epoll()
         self.timers: list[FakeTimer] = []
         pairs = len(tap.fds) if tap else 1
         self.nr_queues = 2 * pairs + 1
@@ -123,6 +124,7 @@ class NetLab(VirtioDriver):
         trace: TracebackType | None,
     ) -> None:
         self.device.reset()
+        self._epoll.close()
         for fd in self.fds:
             os.close(fd)
 
@@ -235,7 +237,7 @@ class NetLab(VirtioDriver):
             assert turns < 20_000, "the device spins"
             for fd, events in ready:
                 if fd in self.watched:
-                    self.watched[fd][0](events)
+                    self.watched[fd](events)
             if self.scheduled:
                 self.turn()
 
@@ -249,13 +251,7 @@ class NetLab(VirtioDriver):
             self.scheduled.append(index)
 
     def _ready(self) -> list[tuple[int, int]]:
-        poll = select.epoll()
-        try:
-            for fd, (_, events) in self.watched.items():
-                poll.register(fd, events)
-            return poll.poll(0) if self.watched else []
-        finally:
-            poll.close()
+        return self._epoll.poll(0) if self.watched else []
 
     def interrupt(self, source: int) -> None:
         self.interrupts.append(source)
@@ -286,10 +282,12 @@ class NetLab(VirtioDriver):
 
     def watch(self, fd: int, callback: Callable[[int], None], events: int = 1) -> None:
         assert fd not in self.watched, "watched twice"
-        self.watched[fd] = callback, events
+        self.watched[fd] = callback
+        self._epoll.register(fd, events)
 
     def unwatch(self, fd: int) -> None:
-        self.watched.pop(fd, None)
+        if self.watched.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
 
     def timer(self, callback: Callable[[], None]) -> Timer:
         self.timers.append(FakeTimer(callback))

@@ -44,11 +44,8 @@ class Row(NamedTuple):
 
     @property
     def lasts(self) -> bool:
-        """Whether another process goes on when one is killed.
-
-        What speaks to somebody else on a stream cannot: nobody knows where in it the other is.
-        """
-        return self.kind != VHOST and "stream0" not in self.fds
+        """Whether another process goes on when one is killed."""
+        return self.kind != VHOST
 
     @property
     def processes(self) -> int:

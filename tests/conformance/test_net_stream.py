@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 from devices import nethdr as hdr
 from devices.features import F_EVENT_IDX, F_INDIRECT_DESC
 from devices.netdevice import S_LINK_UP
+from devices.nethdr import MAX_FRAME
+from devices.stream import Stream
 from tests.vionetlab import OWN, PEER, NetLab, frame_of
 
 if TYPE_CHECKING:
@@ -83,10 +86,10 @@ def test_a_header_that_asks_for_anything_is_refused(pair: Pair) -> None:
     assert pair.lab.device.counters["tx"].drops == {"malformed": 1}
 
 
-@pytest.mark.parametrize("step", [1, 3, 100, 1518, 5000])
-def test_frames_are_received_however_they_come(pair: Pair, step: int) -> None:
+@pytest.mark.parametrize(("step", "more"), [(1, 4), (3, 10), (100, 37), (1518, 37), (5000, 37)])
+def test_frames_are_received_however_they_come(pair: Pair, step: int, more: int) -> None:
     """Byte by byte, or many at once; in buffers smaller than they are."""
-    frames = [frame(14 + 37 * i, i) for i in range(50)]
+    frames = [frame(14 + more * i, i) for i in range(50)]
     data = b"".join(map(message, frames))
     found = []
     pair.lab.give(50, 700)
@@ -121,7 +124,7 @@ def test_frames_read_ahead_outlive_a_budget(pair: Pair, monkeypatch: pytest.Monk
 
 
 def test_a_peer_that_does_not_read(pair: Pair) -> None:
-    """Frames wait in the ring, one in part with us, and all arrive whole and in order later."""
+    """Frames wait in the ring, none in part in the stream, and all arrive in order later."""
     frames = [frame_of(9000, i) for i in range(120)]
     for data in frames:
         pair.lab.offer(data)
@@ -134,16 +137,48 @@ def test_a_peer_that_does_not_read(pair: Pair) -> None:
     assert back + len(pair.lab.queues[1].collect()) == 120
 
 
-def test_the_rest_of_a_frame_goes_first(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However slowly, nothing gets between its parts."""
-    frames = [frame_of(9000, i) for i in range(40)]
-    real = os.write
-    monkeypatch.setattr("os.write", lambda fd, data: real(fd, data[:100]))
-    for data in frames:
-        pair.lab.offer(data)
-    pair.lab.schedule(1)
-    pair.lab.serve()
-    assert pair.sent() == frames
+def fill(stream: Stream, parts: list[bytes]) -> int:
+    """Send a frame until it cannot be; return how often that was done."""
+    sent = 0
+    with suppress(BlockingIOError):
+        while stream.send(parts):
+            sent += 1
+    return sent
+
+
+@pytest.mark.parametrize("length", [60, 1514, 9000, MAX_FRAME])
+def test_nothing_is_written_in_part(length: int) -> None:
+    """Whoever goes on for a process that was killed begins with a frame, so none has begun."""
+    mine, theirs = socket.socketpair()
+    stream = Stream(theirs.fileno())
+    parts = [bytes(12), bytes(length)]
+    with mine, theirs:
+        for _ in range(3):
+            sent = fill(stream, parts)
+            assert sent > 1
+            waiting = bytearray(sent * (length + 4))
+            assert mine.recv_into(waiting, len(waiting), socket.MSG_WAITALL) == len(waiting)
+            assert bytes(waiting) == message(parts[1]) * sent
+            with pytest.raises(BlockingIOError):
+                mine.recv(1, socket.MSG_DONTWAIT)
+
+
+def test_another_goes_on_in_the_middle_of_nothing() -> None:
+    """Two readers, one after the other, get every frame that the first has not taken."""
+    mine, theirs = socket.socketpair()
+    frames = [frame(100, i) for i in range(4)]
+    data = b"".join(map(message, frames))
+    room = [memoryview(bytearray(2048))]
+    with mine, theirs:
+        mine.send(data[:-50])
+        first = Stream(theirs.fileno())
+        for _ in range(3):
+            assert first.receive(room) == 112
+        with pytest.raises(BlockingIOError):
+            first.receive(room)
+        mine.send(data[-50:])
+        assert Stream(theirs.fileno()).receive(room) == 112
+        assert bytes(room[0][12:112]) == frames[3]
 
 
 @pytest.mark.parametrize("data", [b"\0\0\0\0", b"\0\0\0\x0d" + bytes(13), b"\xff\xff\xff\xff"])
@@ -173,6 +208,16 @@ def test_a_peer_that_is_gone(pair: Pair, sends: bool) -> None:
     assert pair.lab.serve() == 0
     assert len(pair.lab.said) == 1
     assert pair.lab.device.counters["tx"].drops["link down"] >= 5
+
+
+def test_a_frame_in_part_is_no_work(pair: Pair) -> None:
+    """A peer that begins one and says no more does not make the device spin."""
+    pair.lab.give(4, 2048)
+    pair.peer.send(message(frame(60))[:20])
+    assert pair.lab.serve() < 10
+    assert pair.lab.serve() == 0
+    pair.peer.send(message(frame(60))[20:])
+    assert [got.data for got in pair.lab.received()] == [frame(60)]
 
 
 def test_what_was_read_ahead_is_gone_with_the_link(pair: Pair) -> None:

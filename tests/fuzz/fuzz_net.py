@@ -72,7 +72,7 @@ class Host:
 class Wire:
     """A backend, and its only port, that remembers."""
 
-    features, fd, buffered = OFFLOADS, 0, False
+    features, fd, buffered, edge = OFFLOADS, 0, False, 0
 
     def __init__(self) -> None:
         self.ports = [self]
@@ -84,9 +84,6 @@ class Wire:
             raise FoundError("a header that is the guest's, or more parts than there can be")
         self.sent.append(b"".join(parts))
         return len(self.sent[-1])
-
-    def flush(self) -> bool:
-        return True
 
     def receive(self, views: Sequence[memoryview]) -> int:
         if not self.coming:

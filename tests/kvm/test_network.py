@@ -261,6 +261,9 @@ def test_passt_lives_as_long_as_its_vm(
     assert words == ("--fd 3 --quiet --no-map-gw --tcp-ports 127.0.0.1/2222:22 --udp-ports 53:53")
     nic = devices()["vionet0"]
     assert (nic["type"], nic["tap"]) == ("user", "")
+    os.kill(nic["pid"], signal.SIGKILL)
+    wait_for(lambda: devices()["vionet0"]["lives"] == 2, "another process")
+    assert devices()["vionet0"]["network"]["link"] is True
     with socket.create_connection(("127.0.0.1", 2222), 10):
         pass
     os.kill(pid, number)
