@@ -1,11 +1,7 @@
 """virtio network device (virtio 1.2 §5.1): what its driver sees, and all of it in one process.
 
 Queues: 2n receives and 2n+1 transmits for queue pair n; behind the last pair the control queue,
-which is number 2 for a driver without MQ. Configuration space (§5.1.4), read-only but for the
-address, which legacy drivers may write:
-
-     0 u8[6] mac     6 u16 status     8 u16 max_virtqueue_pairs     10 u16 mtu
-    12 u32 speed in Mb/s, or all ones     16 u8 duplex
+which is number 2 for a driver without MQ. Configuration space: see `netconfig`.
 
     tx queue ── nettx.Sender ──► netport.Port (tap, stream) ── netrx.Receiver ──► rx queue
                                 control queue ── netctrl ──► this file
@@ -17,13 +13,13 @@ memory and kernel, one system call each. Payload is not touched, unless somebody
 from __future__ import annotations
 
 from select import EPOLLIN
-from struct import Struct
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from config.errors import ConfigError
 from devices import nethdr as hdr
 from devices.device import Device
 from devices.features import F_VERSION_1
+from devices.netconfig import config_space, offered
 from devices.netctrl import Control
 from devices.netlimit import RATES, Rates
 from devices.netlook import Onlookers
@@ -41,27 +37,6 @@ if TYPE_CHECKING:
     from devices.virtqueue import VirtQueue
 
 RX_SIZE, TX_SIZE, CONTROL_SIZE = SPECS["vionet"].queues
-
-S_LINK_UP: Final = 1
-S_ANNOUNCE: Final = 2
-SPEED: Final = 10_000  # Mb/s, what one has to say
-NO_SPEED: Final = 0xFFFF_FFFF
-FULL_DUPLEX: Final = 1
-NO_DUPLEX: Final = 0xFF
-
-_CONFIG: Final = Struct("<6sHHHIB")
-_ALWAYS: Final = (
-    hdr.NET_F_MAC
-    | hdr.NET_F_STATUS
-    | hdr.NET_F_MRG_RXBUF
-    | hdr.NET_F_CTRL_VQ
-    | hdr.NET_F_CTRL_RX
-    | hdr.NET_F_CTRL_RX_EXTRA
-    | hdr.NET_F_CTRL_VLAN
-    | hdr.NET_F_CTRL_MAC_ADDR
-    | hdr.NET_F_GUEST_ANNOUNCE
-    | hdr.NET_F_SPEED_DUPLEX
-)
 
 
 class Vionet(Device):
@@ -99,7 +74,7 @@ class Vionet(Device):
         self._control_index = 2 * self._max_pairs
         self._look = Onlookers(host, settings, self._served)
         self.queue_sizes = (RX_SIZE, TX_SIZE) * self._max_pairs + (CONTROL_SIZE,)
-        self.features = self._offered()
+        self.features = offered(backend.features, self._mtu, self._max_pairs)
         self._queues: Sequence[VirtQueue | None] = ()
         self._features = self._offloads = 0
         self._pairs = self._max_pairs  # as it was opened
@@ -108,11 +83,6 @@ class Vionet(Device):
         self._set_pairs(1)
         for pair in self._served:
             pair.sender.up = link.up
-
-    def _offered(self) -> int:
-        features: int = self._backend.features | _ALWAYS | hdr.NET_F_MTU * (self._mtu > 0)
-        features |= hdr.NET_F_MQ * (self._max_pairs > 1)
-        return features | hdr.NET_F_CTRL_GUEST_OFFLOADS * (features & hdr.GUEST_OFFLOADS > 0)
 
     def begin(self) -> None:
         """Count on where a predecessor has stopped."""
@@ -127,15 +97,13 @@ class Vionet(Device):
     # Configuration space.
 
     def config(self) -> bytes:
-        """See the file's head."""
-        up = self._link.up
-        return _CONFIG.pack(
+        """See `netconfig`."""
+        return config_space(
             self._look.filter.lladdr,
-            S_LINK_UP * up | S_ANNOUNCE * self._announcing,
             self._max_pairs,
             self._mtu,
-            SPEED if up else NO_SPEED,
-            FULL_DUPLEX if up else NO_DUPLEX,
+            up=self._link.up,
+            announcing=self._announcing,
         )
 
     def write_config(self, offset: int, data: bytes) -> None:

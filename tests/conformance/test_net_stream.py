@@ -11,7 +11,7 @@ import pytest
 
 from devices import nethdr as hdr
 from devices.features import F_EVENT_IDX, F_INDIRECT_DESC
-from devices.netdevice import S_LINK_UP
+from devices.netconfig import S_LINK_UP
 from devices.nethdr import MAX_FRAME
 from devices.stream import Stream
 from tests.vionetlab import OWN, PEER, NetLab, frame_of
