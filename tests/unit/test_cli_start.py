@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from config.errors import HostError
+from tests.descriptors import open_files
 from tests.unit.cli_fakes import DEADLINE
 from tests.unit.cli_start_lab import TWO, YAML, ends, fails, runs
 from vmm import survey, vm
@@ -46,7 +47,7 @@ def test_the_vm_process_has_let_go_of_its_starter(lab: StartLab) -> None:
 
     assert os.getsid(pid) == pid
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
-    fds = {int(fd): os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
+    fds = open_files(pid)
     assert [fds[number] for number in range(3)] == ["/dev/null"] * 3
     with open(f"/proc/{pid}/status") as status:
         assert "Umask:\t0077\n" in status.read()
@@ -58,7 +59,7 @@ def test_the_vm_process_keeps_nothing_that_its_caller_had_open(lab: StartLab) ->
     with open(lab.root / ".mine", "w") as mine:
         assert lab.start() == 0
         pid = lab.pid()
-        links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+        links = open_files(pid).values()
         assert mine.name not in links
     assert f"{lab.root}/web/lock" in links
 
