@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from devices.blkquick import ODD, SHAPES, TABLE_BYTES, type_and_sector
 from devices.blkreq import HEADER, MAX_BYTES, T_IN, T_OUT
-from devices.uring import OP_READ, OP_WRITE
+from devices.uringmake import OP_READ, OP_WRITE
 
 if TYPE_CHECKING:
     from devices.blkreq import Request

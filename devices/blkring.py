@@ -4,6 +4,9 @@ For images opened with O_DIRECT, where every request waits for the medium. Those
 are started by `blkfly`, without the trouble that is taken here for the others. What the kernel
 cannot do to the end (memory that is not aligned, an image that ends early, no worker thread) is
 left to Server, when nothing else is in flight.
+
+What a killed predecessor has left in flight goes on, and comes first: a disk may write it, or write
+it into guest memory, at any time. So there is no room for requests until all of it has come back.
 """
 
 from __future__ import annotations
@@ -25,8 +28,8 @@ from devices.blkreq import (
     T_WRITE_ZEROES,
     Request,
 )
-from devices.blkserve import Done, Server, finish, joined
-from devices.uring import Ring, address
+from devices.blkserve import NO_BOUND, Done, Server, finish, joined
+from devices.uring import address
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from devices.device import Host
     from devices.guestmem import Span
     from devices.raw import Disk
+    from devices.uring import Ring
     from devices.virtqueue import VirtQueue
 
 # Not aligned; no thread for what has to wait in the kernel. Server can do these all the same.
@@ -42,7 +46,6 @@ _NOT_HERE: Final = (-errno.EINVAL, -errno.ECANCELED, -errno.EAGAIN)
 # in flight, and freed; and a flush that comes here has things to free, too.
 _ALONE: Final = (T_WRITE_ZEROES, T_DISCARD, T_FLUSH, T_FLUSH_OUT)
 FEW: Final = 8  # results given back together
-DEPTH: Final = 256  # requests in flight, of all queues: more than any device works on at once
 
 
 class OverlappingServer(Server):
@@ -56,16 +59,17 @@ class OverlappingServer(Server):
         disk: Disk,
         host: Host,
         serial: str,
+        *,
+        ring: Ring,
         give_back: Callable[[int, Done], None],
         go_on: Callable[[int], None],
     ) -> None:
         """Call `give_back(queue, done)` for what did not get done within `serve`.
 
-        After that `go_on(queue)` looks for more, unless the device is to come to rest. Raises
-        OSError where there is no io_uring.
+        After that `go_on(queue)` looks for more, unless the device is to come to rest.
         """
         super().__init__(disk, host, serial)
-        self._ring, self._report, self._go_on = Ring(DEPTH), give_back, go_on
+        self._ring, self._report, self._go_on = ring, give_back, go_on
         self._flying: dict[int, tuple[int, list[Request], int]] = {}  # token → queue, run, bytes
         self._quick: Flights = {}  # those of blkfly
         self._hot: Span | None = None  # memory that was used last, unless it may be gone
@@ -79,7 +83,7 @@ class OverlappingServer(Server):
     @property
     def room(self) -> int:
         """How many requests `serve` may be given."""
-        return DEPTH - self._nr_flying
+        return 0 if self._ring.nr_old else self._ring.entries - self._nr_flying
 
     def serve(self, queue: int, requests: list[Request], done: Done) -> int:
         """See Server; what is not in `done` afterwards comes to `give_back`."""
@@ -132,7 +136,7 @@ class OverlappingServer(Server):
 
     def abandon(self) -> None:
         """Wait for everything in flight, and forget it."""
-        while self._flying or self._quick:
+        while self._ring.nr_in_flight:
             self._ring.wait()
             for token, _ in self._ring.reap():
                 del (self._quick if token < TOKENS else self._flying)[token]
@@ -184,7 +188,7 @@ class OverlappingServer(Server):
 
     def _ready(self, _events: int) -> None:
         """Take results from the ring, a few at a time: the driver goes on with them meanwhile."""
-        for _ in range(DEPTH // FEW):  # and then others have their turn
+        for _ in range(self._ring.entries // FEW):  # and then others have their turn
             if not self._ring.has_results:
                 break
             self._land(FEW)
@@ -195,10 +199,10 @@ class OverlappingServer(Server):
                 self._report(queue, done)
                 self._go_on(queue)
 
-    def _land(self, most: int = DEPTH) -> None:
+    def _land(self, most: int = NO_BOUND) -> None:
         """Settle what has come back, but for what must wait until nothing flies."""
         take_quick, landed = self._quick.pop, self._landed
-        nr_landed = 0
+        nr_landed, nr_old = 0, self._ring.nr_old
         for token, result in self._ring.reap(most):
             if token < TOKENS:
                 flight = take_quick(token)
@@ -219,6 +223,8 @@ class OverlappingServer(Server):
             else:
                 self._crashed(queue, run, result)
         self._nr_flying -= nr_landed
+        if nr_old and not self._ring.nr_old:
+            self._report(0, [])  # there is room
         self._ring.submit()
 
     def _crashed(self, queue: int, run: list[Request], result: int) -> None:
@@ -233,7 +239,7 @@ class OverlappingServer(Server):
             self._failed(run[0], error, self._landed[queue])
 
     def _land_all(self) -> None:
-        while self._flying or self._quick:
+        while self._ring.nr_in_flight:
             self._ring.wait()
             self._land()
         odd, self._odd = self._odd, []

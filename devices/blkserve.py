@@ -251,6 +251,7 @@ class Server:
 
     def _complain(self, text: str) -> None:
         """Log an error of the host's, so many and no more."""
+        self._host.checkpoint()  # it may hold for whoever comes after us
         if self._limiter.wait() > 0:
             self._untold += 1
             return

@@ -20,7 +20,7 @@ The header of a base describes its own contents and nothing else: a file it name
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from config.errors import ConfigError
 from devices import qcow2head, qcow2rebuild
@@ -44,9 +44,11 @@ FORMATS: Final = ("raw", "qcow2")
 _KINDS: Final = {NOTHING: "unallocated", ZEROES: "zero", PACKED: "compressed"}
 
 
-def open_chain(fds: Sequence[int], formats: Sequence[str]) -> Disk:
+def open_chain(fds: Sequence[int], formats: Sequence[str], *, again: bool = False) -> Disk:
     """Return the disk that a chain of images shows; the first of them is what gets written.
 
+    `again`: somebody had it, and was killed. So an image that has turned out to be corrupt
+    meanwhile can be had, too, to be read, which is all that the other could do.
     Raises ConfigError for an image that cannot be used, HostError, OSError.
     """
     disk: Disk | None = None
@@ -55,7 +57,7 @@ def open_chain(fds: Sequence[int], formats: Sequence[str]) -> Disk:
             raise ConfigError(f"disk format {name!r}: {' or '.join(FORMATS)} is expected")
         if name == "raw" and disk is not None:
             raise ConfigError("a raw image stands on nothing, and a base is given")
-        disk = Raw(fd) if name == "raw" else Qcow2(fd, disk)
+        disk = Raw(fd) if name == "raw" else Qcow2(fd, disk, again=again)
     if disk is None:
         raise ConfigError("a chain of no images")
     return disk
@@ -64,8 +66,8 @@ def open_chain(fds: Sequence[int], formats: Sequence[str]) -> Disk:
 class Qcow2:
     """A qcow2 image, on a descriptor opened by somebody who was allowed to."""
 
-    def __init__(self, fd: int, base: Disk | None = None) -> None:
-        """Take over `fd`; `base` is what shows where the image has nothing.
+    def __init__(self, fd: int, base: Disk | None = None, *, again: bool = False) -> None:
+        """Take over `fd`; `base` is what shows where the image has nothing; see `open_chain`.
 
         Refcounts of an image that was not closed properly are made anew if it can be written.
         Raises ConfigError for an image that cannot be used, HostError, OSError.
@@ -78,16 +80,16 @@ class Qcow2:
             )
         if base is not None and not header.backing_file:
             raise ConfigError("qcow2 image: a base is given, and its header names no backing file")
-        if header.corrupt and not file.raw.readonly:
+        if header.corrupt and not file.raw.readonly and not again:
             raise ConfigError(
                 "qcow2 image: it is marked corrupt, and must not be written to",
                 hint="pyvmctl image check --repair all, or open it with readonly: true",
             )
         self.fd, self.size, self.base = fd, header.size, base
-        self.readonly = file.readonly
+        self.readonly = file.raw.readonly
         self.granularity = file.cluster_size
         refs = alloc = None
-        if not self.readonly:
+        if not file.readonly:
             self._claim()
             refs = Refcounts(file)
             alloc = Allocator(file, refs)
@@ -106,6 +108,8 @@ class Qcow2:
         if self.window is not None:
             self.window.divide(self._bits, self._find)
             map_.spots = self.window.spots
+        if file.readonly:
+            file.protect()
 
     def _claim(self) -> None:
         """Make an image ours to write to. Raises ConfigError, OSError."""
@@ -312,6 +316,17 @@ class Qcow2:
         if self._alloc is not None and not self.file.readonly:
             self.flush()
             self._alloc.close()
+
+    def remember(self) -> dict[str, Any]:
+        """See Disk. In a version 2 image there is no place to say that it is corrupt."""
+        file = self.file
+        return {**file.raw.remember(), "corrupt": file.readonly and not file.raw.readonly}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """See Disk."""
+        self.file.raw.load(state)
+        if state["corrupt"]:
+            self.file.protect()
 
     def map(self, offset: int, length: int) -> Iterator[Run]:
         """See Disk. What nobody has is "unallocated" at the depth of the last image it is in."""

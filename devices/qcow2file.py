@@ -105,10 +105,14 @@ class ImageFile:
                 at = qcow2head.AT_INCOMPATIBLE
                 with suppress(OSError):  # then at least we stop writing
                     self.change_header(at, pack(">Q", bits), incompatible=bits)
-            self.readonly = True
-            if self.raw.window is not None:
-                self.raw.window.writable = False
+            self.protect()
         return OSError(errno.EIO, f"{what}: the image is corrupt (pyvmctl image check tells more)")
+
+    def protect(self) -> None:
+        """Write to it no more, as long as it is open."""
+        self.readonly = True
+        if self.raw.window is not None:
+            self.raw.window.writable = False
 
     def holds(self, offset: int) -> bool:
         """Whether a cluster can be at `offset`: on a boundary, and begun before the file ends."""

@@ -21,7 +21,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from struct import pack, unpack
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from config.errors import ConfigError, HostError
 from devices import window
@@ -116,6 +116,12 @@ class Disk(Protocol):
     def finish(self) -> None:
         """Leave the image in good order: it will not be used any more."""
 
+    def remember(self) -> dict[str, Any]:
+        """Return, as plain JSON, what whoever opens the image next must `load`: it is not in it."""
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take that over. Raises PyvmError."""
+
     def discard(self, offset: int, length: int) -> None:
         """Say that these bytes are not needed any more; what they read as is undefined."""
 
@@ -150,7 +156,7 @@ class Raw:
         block = min(status.st_blksize, 1 << 16)
         self.granularity = block if self._is_file else _ioctl_int(fd, _BLKSSZGET)
         self._refused: set[int] = set()  # modes of fallocate that this file system lacks
-        self._lost = 0  # errno of the flush that failed
+        self.lost = 0  # errno of the flush that failed
         self._tries: tuple[Attempt, Attempt] | None = None
         self.window: Window | None = None
 
@@ -256,13 +262,13 @@ class Raw:
         The kernel reports a page it could not write once, and drops it: a flush that succeeds
         after that would be a lie.
         """
-        if self._lost:
-            raise OSError(self._lost, f"{os.strerror(self._lost)}, and data was lost before")
+        if self.lost:
+            raise OSError(self.lost, f"{os.strerror(self.lost)}, and data was lost before")
         try:
             os.fdatasync(self.fd)
         except OSError as err:
             if not self._direct:
-                self._lost = err.errno or errno.EIO
+                self.lost = err.errno or errno.EIO
             raise
 
     def commit(self) -> None:
@@ -272,6 +278,16 @@ class Raw:
         """See Disk."""
         if self.window is not None:
             self.window.clear()
+
+    def remember(self) -> dict[str, Any]:
+        """See Disk. The kernel has told us of pages that were lost, and tells nobody else."""
+        return {"lost": self.lost}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """See Disk."""
+        if type(state["lost"]) is not int:
+            raise HostError("the state of an image makes no sense")
+        self.lost = state["lost"]
 
     # Ranges.
 

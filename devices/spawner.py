@@ -7,6 +7,9 @@ is a fork of it, 1 ms old and sharing its pages, where a new interpreter would c
     spawner    → LAUNCHED, peerid the child's pid, with its pidfd   (or LOG: why not)
                → EXITED, peerid the child's pid: its wait status, 4 bytes
 
+With the setting `ring` every device process of that name has the same io_uring (`uringmake`), as
+its descriptor `ring`.
+
 Nobody outlives anybody: the kernel kills the children when the spawner dies, and the spawner ends
 them and itself when the VM process hangs up.
 """
@@ -23,7 +26,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from config.errors import HostError, PyvmError
-from devices import jail, process, title, words
+from devices import jail, process, title, uringmake, words
 from devices.device import ERROR
 from devices.guestmem import Region
 from devices.process import Order
@@ -101,6 +104,7 @@ class Spawner:
         self._kinds: dict[str, Callable[..., Device]] = {}
         self._broken: dict[str, str] = {}  # kind → why it could not be imported
         self._children: dict[int, int] = {}  # pidfd → pid
+        self._rings: dict[str, tuple[dict[str, int], str]] = {}  # by the device's name
         self._poll = select.poll()
         self._poll.register(channel.fileno(), select.POLLIN)
 
@@ -179,14 +183,32 @@ class Spawner:
             why = self._broken.get(request["kind"], "unknown")
             raise HostError(f"no device of kind {request['kind']!r}: {why}")
         regions = tuple(Region(*region) for region in request["regions"])
-        order = Order(request["kind"], request["name"], request["settings"], regions)
+        settings, name = request["settings"], request["name"]
+        given = dict(fds)
+        if settings.get("ring"):
+            ring, settings["ring"] = self._ring(name)
+            given |= ring
+        order = Order(request["kind"], name, settings, regions)
         pid = jail.fork(self._level)
         if pid == 0:
-            self._become(order, fds, create)
+            self._become(order, given, create)
         pidfd = os.pidfd_open(pid)
         self._children[pidfd] = pid
         self._poll.register(pidfd, select.POLLIN)
         self._channel.send(ImsgType.LAUNCHED, peerid=pid, fd=pidfd)
+
+    def _ring(self, name: str) -> tuple[dict[str, int], str]:
+        """Return a device's ring and what it is like, or nothing and why.
+
+        Its processes are all alike in that: it is made when it is first asked for, or never.
+        """
+        if name not in self._rings:
+            try:
+                fd, params = uringmake.make(uringmake.DEPTH)
+                self._rings[name] = {"ring": fd}, params.hex()
+            except OSError as err:
+                self._rings[name] = {}, f"no io_uring ({err.strerror})"
+        return self._rings[name]
 
     def _become(self, order: Order, fds: dict[str, int], create: Callable[..., Device]) -> None:
         """Be a device process; does not return."""

@@ -7,8 +7,9 @@ there are any. Each entry carries a token, and so does its result; results come 
     ring.read(token, fd, views, offset) … ring.submit() … for token, result in ring.reap()
 
 The memory of the views is the kernel's until their result is there; the ring keeps it alive, and
-whoever has other uses for it waits. x86-64 keeps stores in order and the system call is a barrier,
-so plain loads and stores are enough.
+whoever has other uses for it waits. So it is for what a killed process has left in flight
+(`uringmake`): nothing may be begun before the results of that have come. x86-64 keeps stores in
+order and the system call is a barrier, so plain loads and stores are enough.
 """
 
 from __future__ import annotations
@@ -21,18 +22,16 @@ from array import array
 from struct import Struct, unpack_from
 from typing import TYPE_CHECKING, Final
 
+from config.errors import HostError
+from devices.uringmake import OP_FSYNC, OP_READ, OP_READV, OP_WRITE, OP_WRITEV, system_call
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_SETUP, _ENTER = 425, 426  # system calls, the same on every architecture
+_ENTER: Final = 426  # system call, the same on every architecture
 _GETEVENTS: Final = 1
-_SINGLE_MMAP: Final = 1  # feature: both rings are one mapping (Linux 5.4)
 _OFF_SQES: Final = 0x1000_0000
 
-# linux/io_uring.h
-_OP_READV, _OP_WRITEV, _OP_FSYNC = 1, 2, 3
-OP_READ: Final = 22
-OP_WRITE: Final = 23
 _FSYNC_DATASYNC: Final = 1
 
 # struct io_uring_sqe: opcode, flags, ioprio, fd, off, addr, len, rw_flags, user_data, buf_index,
@@ -41,9 +40,6 @@ _SQE: Final = Struct("=BBHiQQIIQHHiQQ")
 # As much of it as we need, flags in the upper half of len; all else is zero, and stays so.
 _FIELDS: Final = Struct("=QQQQQ").pack_into
 _CQE: Final = Struct("=QiI")  # struct io_uring_cqe: user_data, res, flags
-# struct io_uring_params: sizes of both rings first, features at 20, and where the fields of the
-# rings lie from 40 and 80: head, tail, mask, entries, ..., array or cqes.
-_PARAMS_SIZE: Final = 120
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -76,15 +72,14 @@ def address(view: memoryview) -> int:
 class Ring:
     """One io_uring. For one thread; `entries`, a power of two, bounds what may be in flight."""
 
-    def __init__(self, entries: int) -> None:
-        """Raises OSError: ENOSYS or EPERM where there is no io_uring, ENOMEM."""
-        params = ctypes.create_string_buffer(_PARAMS_SIZE)
-        self.fd = _system_call(_SETUP, entries, ctypes.addressof(params))
+    def __init__(self, fd: int, params: bytes) -> None:
+        """Take over what `uringmake.make` has returned, also from a process that was killed.
+
+        Raises OSError, HostError.
+        """
+        self.fd = fd
         nr_sqes, nr_cqes = unpack_from("=2I", params)
-        if not unpack_from("=I", params, 20)[0] & _SINGLE_MMAP:
-            os.close(self.fd)
-            raise OSError(errno.ENOSYS, "io_uring older than Linux 5.4")
-        _, sq_tail, _, _, _, _, sq_array = unpack_from("=7I", params, 40)
+        sq_head, sq_tail, _, _, _, _, sq_array = unpack_from("=7I", params, 40)
         cq_head, cq_tail, _, _, _, cqes = unpack_from("=6I", params, 80)
         size = max(sq_array + 4 * nr_sqes, cqes + _CQE.size * nr_cqes)
         rings = memoryview(mmap.mmap(self.fd, size, mmap.MAP_SHARED | mmap.MAP_POPULATE))
@@ -100,27 +95,34 @@ class Ring:
             self.fd, _SQE.size * nr_sqes, mmap.MAP_SHARED | mmap.MAP_POPULATE, offset=_OFF_SQES
         )
         self.entries = nr_sqes
-        self._tail = 0
+        # There is a result for whatever the kernel has taken; what it has not is forgotten.
+        taken, come = words[sq_head // 4], words[self._cq_tail]
+        #: Requests of a predecessor whose results have not come.
+        self.nr_old = (taken - come) & 0xFFFF_FFFF
+        if self.nr_old > nr_sqes:
+            raise HostError("the ring that a predecessor has left makes no sense")
+        words[self._sq_tail] = self._tail = taken
+        words[self._cq_head] = come
         self._unsubmitted = 0
         # Token → views and iovecs that the kernel works on.
         self._held: dict[int, tuple[Sequence[memoryview], array[int] | None]] = {}
         #: Entries whose result has not been reaped.
-        self.nr_in_flight = 0
+        self.nr_in_flight = self.nr_old
 
     def read(self, token: int, fd: int, views: Sequence[memoryview], offset: int) -> None:
         """Queue preadv(2). Raises BlockingIOError, nothing queued, if the ring is full."""
-        self._transfer((OP_READ, _OP_READV), token, views, offset, fd=fd, flags=0)
+        self._transfer((OP_READ, OP_READV), token, views, offset, fd=fd, flags=0)
 
     def write(
         self, token: int, fd: int, views: Sequence[memoryview], offset: int, *, stable: bool
     ) -> None:
         """Queue pwritev(2); `stable` as with RWF_DSYNC. Raises BlockingIOError."""
         flags = os.RWF_DSYNC if stable else 0
-        self._transfer((OP_WRITE, _OP_WRITEV), token, views, offset, fd=fd, flags=flags)
+        self._transfer((OP_WRITE, OP_WRITEV), token, views, offset, fd=fd, flags=flags)
 
     def sync(self, token: int, fd: int) -> None:
         """Queue fdatasync(2), which covers the writes that are complete. Raises BlockingIOError."""
-        self._put(_OP_FSYNC, token, (0, 0), 0, fd=fd, flags=_FSYNC_DATASYNC)
+        self._put(OP_FSYNC, token, (0, 0), 0, fd=fd, flags=_FSYNC_DATASYNC)
 
     def start(self, fd: int, transfers: Sequence[Transfer]) -> None:
         """Queue transfers and hand them to the kernel. Raises BlockingIOError, OSError.
@@ -161,8 +163,16 @@ class Ring:
             self._enter(1, _GETEVENTS)
 
     def reap(self, most: int = 1 << 16) -> list[tuple[int, int]]:
-        """Return up to `most` results: token, and bytes transferred or a negative errno."""
+        """Return up to `most` results: token, and bytes transferred or a negative errno.
+
+        Those of a predecessor are left out.
+        """
         head, tail = self._words[self._cq_head], self._words[self._cq_tail]
+        if self.nr_old:
+            nr_old = min(self.nr_old, (tail - head) & 0xFFFF_FFFF)
+            self.nr_old -= nr_old
+            self.nr_in_flight -= nr_old
+            head = (head + nr_old) & 0xFFFF_FFFF
         if (tail - head) & 0xFFFF_FFFF > most:
             tail = (head + most) & 0xFFFF_FFFF
         found: list[tuple[int, int]] = []
@@ -224,16 +234,7 @@ class Ring:
     def _enter(self, wanted: int, flags: int) -> None:
         """io_uring_enter(2). A signal, or a kernel short of memory for the moment: again."""
         try:
-            self._unsubmitted -= _system_call(_ENTER, self.fd, self._unsubmitted, wanted, flags)
+            self._unsubmitted -= system_call(_ENTER, self.fd, self._unsubmitted, wanted, flags)
         except OSError as err:
             if err.errno not in (errno.EINTR, errno.EAGAIN, errno.EBUSY):
                 raise
-
-
-def _system_call(number: int, *arguments: int) -> int:
-    """Make a system call. Raises OSError."""
-    result: int = _libc.syscall(number, *arguments, *(0,) * (6 - len(arguments)))
-    if result < 0:
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error))
-    return result

@@ -1,13 +1,6 @@
 """virtio block device (virtio 1.2 §5.2) on a `raw.Disk`.
 
-Queues 0 to N-1: requests, any of them on any queue. Configuration space (§5.2.4):
-
-     0 u64 capacity in sectors     20 u32 blk_size                36 u32 max_discard_sectors
-     8 u32 size_max                24 u8  physical_block_exp      40 u32 max_discard_seg
-    12 u32 seg_max                 25 u8  alignment_offset        44 u32 discard_sector_alignment
-    16 u32 geometry, 0             26 u16 min_io_size in blocks   48 u32 max_write_zeroes_sectors
-    32 u8  writeback, writable     28 u32 opt_io_size in blocks   52 u32 max_write_zeroes_seg
-    34 u16 num_queues                                             56 u8  write_zeroes_may_unmap
+Queues 0 to N-1: requests, any of them on any queue. Configuration space: `blkconfig`.
 
 Features: SIZE_MAX SEG_MAX BLK_SIZE TOPOLOGY FLUSH, MQ with several queues, and RO or else
 CONFIG_WCE DISCARD WRITE_ZEROES.
@@ -24,10 +17,10 @@ the first two ways: through the page cache without a system call, past it with o
 
 from __future__ import annotations
 
-from struct import Struct
 from typing import TYPE_CHECKING, Any, Final
 
 from config.errors import ConfigError, HostError
+from devices import blkconfig
 from devices.blkpop import pop_usual
 from devices.blkquick import SHAPES, serve_quick
 from devices.blkreq import (
@@ -41,11 +34,6 @@ from devices.blkreq import (
     BLK_F_SIZE_MAX,
     BLK_F_TOPOLOGY,
     BLK_F_WRITE_ZEROES,
-    MAX_DISCARD,
-    MAX_RANGES,
-    MAX_ZEROES,
-    SEG_MAX,
-    SIZE_MAX,
     parse,
 )
 from devices.blkring import OverlappingServer
@@ -56,10 +44,11 @@ from devices.patience import Patience
 from devices.qcow2 import open_chain
 from devices.raw import SECTOR
 from devices.spec import BUSY, SPECS
+from devices.uring import Ring
 from devices.virtqueue import SplitQueue
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from config.errors import GuestError
     from devices.blkreq import Request
@@ -75,9 +64,6 @@ QUICK_BATCH: Final = 16  # served together out of the window: the driver goes on
 BUDGET: Final = 4 << 20  # bytes per wake-up, about 1 ms from the page cache
 REQUEST_COST: Final = 4096  # bytes: what a request counts for beside its own
 
-_WRITEBACK_AT: Final = 32
-_CONFIG: Final = Struct("<QIIIIBxHIBxHIIIIIB3x")
-
 
 def create(
     settings: Mapping[str, Any], fds: dict[str, int], memory: GuestMemory, host: Host
@@ -85,17 +71,28 @@ def create(
     """Make the device on the descriptor `image`. Settings: those of config.model.DiskConfig.
 
     An image that stands on others has these as `base0`, `base1`, …, and their formats in
-    `settings["bases"]`, the one right below it first.
+    `settings["bases"]`, the one right below it first. With cache: none there is a `ring`, of which
+    the setting of that name tells more, or why there is none.
     """
     formats = (settings["format"], *settings.get("bases", ()))
     names = ("image", *(f"base{index}" for index in range(len(formats) - 1)))
     try:
-        disk = open_chain([fds.pop(name) for name in names], formats)
+        disk = open_chain(
+            [fds.pop(name) for name in names], formats, again=bool(settings.get("resumes"))
+        )
     except OSError as err:
         raise HostError(f"cannot read the image: {err.strerror}") from err
     if disk.size < settings["block_size"]:
         raise ConfigError(f"the image has {disk.size} bytes: less than one block")
-    return Vioblk(memory, host, disk, settings)
+    ring: Ring | None = None
+    if "ring" in fds:
+        try:
+            ring = Ring(fds.pop("ring"), bytes.fromhex(settings["ring"]))
+        except OSError as err:
+            raise HostError(f"cannot map the ring: {err.strerror}") from err
+    elif why := settings.get("ring"):
+        host.log(INFO, f"{why}: requests do not overlap")
+    return Vioblk(memory, host, disk, settings, ring)
 
 
 class Vioblk(Device):
@@ -104,11 +101,17 @@ class Vioblk(Device):
     forgetful = BLK_F_CONFIG_WCE
 
     def __init__(
-        self, memory: GuestMemory, host: Host, disk: Disk, settings: Mapping[str, Any]
+        self,
+        memory: GuestMemory,
+        host: Host,
+        disk: Disk,
+        settings: Mapping[str, Any],
+        ring: Ring | None = None,
     ) -> None:
+        """See `create`; with `ring` requests overlap."""
         super().__init__(memory, host)
         self._disk, self._settings = disk, settings
-        self._server = self._make_server()
+        self._server = self._make_server(ring)
         self.in_order = self._server.in_order
         self.queue_sizes = (QUEUE_SIZE,) * settings["queues"]
         self.features = BLK_F_SIZE_MAX | BLK_F_SEG_MAX | BLK_F_BLK_SIZE | BLK_F_TOPOLOGY
@@ -129,46 +132,25 @@ class Vioblk(Device):
         server.nr_reads, server.bytes_read, server.nr_writes, server.bytes_written = self.totals[:4]
         server.nr_others = self.totals[4]
 
-    def _make_server(self) -> Server:
+    def _make_server(self, ring: Ring | None) -> Server:
         serial = self._settings["serial"]
-        if self._settings["cache"] == "none":
-            try:
-                return OverlappingServer(
-                    self._disk, self.host, serial, self._give_back, self._go_on
-                )
-            except OSError as err:
-                self.host.log(INFO, f"no io_uring ({err.strerror}): requests do not overlap")
-        return Server(self._disk, self.host, serial)
+        if ring is None:
+            return Server(self._disk, self.host, serial)
+        report, go_on = self._give_back, self._go_on
+        return OverlappingServer(
+            self._disk, self.host, serial, ring=ring, give_back=report, go_on=go_on
+        )
 
     # Configuration space.
 
     def config(self) -> bytes:
-        """See the file's head. What is not offered is 0."""
-        settings, block = self._settings, self._settings["block_size"]
-        physical = max(settings["physical_block_size"], block)
-        may_write = not self._disk.readonly
-        return _CONFIG.pack(
-            self._server.limit // SECTOR,
-            SIZE_MAX,
-            SEG_MAX,
-            0,
-            block,
-            (physical // block).bit_length() - 1,
-            settings["min_io_size"] // block,
-            settings["opt_io_size"] // block,
-            may_write and self._server.writeback,
-            len(self.queue_sizes) if self.features & BLK_F_MQ else 0,
-            MAX_DISCARD // SECTOR * may_write,
-            MAX_RANGES * may_write,
-            max(self._disk.granularity, block) // SECTOR * may_write,
-            MAX_ZEROES // SECTOR * may_write,
-            may_write,
-            may_write,
-        )
+        """See blkconfig."""
+        nr_queues = len(self.queue_sizes) if self.features & BLK_F_MQ else 0
+        return blkconfig.pack(self._server, self._settings, nr_queues)
 
     def write_config(self, offset: int, data: bytes) -> None:
         """Take the cache mode; a legacy driver may set it at any time (§5.2.5.3)."""
-        if offset == _WRITEBACK_AT and data in (b"\0", b"\1") and not self._disk.readonly:
+        if offset == blkconfig.WRITEBACK_AT and data in (b"\0", b"\1") and not self._disk.readonly:
             self._server.writeback = data == b"\1"
 
     # Life of a driver.
@@ -324,21 +306,32 @@ class Vioblk(Device):
         """Whether requests may go the quick way: no log is kept, no predecessor left any."""
         return type(queue) in SHAPES and not self._recovered.get(index)
 
+    def _rest(self, rest: Callable[[], None]) -> None:
+        """Have the server come to rest, for which a slow disk keeps registers waiting."""
+        self.totals[BUSY] = 1
+        rest()
+        self.totals[BUSY] = 0
+
     def reset_queue(self, index: int) -> None:
         """Be done with all queues: they share what is in flight, and it does not take long."""
-        self._server.drain()
+        self._rest(self._server.drain)
         self._recovered.pop(index, None)
 
     def reset(self) -> None:
         """Wait for what is in flight and forget it; back to writeback, as after power-on."""
-        self._server.abandon()
+        self._rest(self._server.abandon)
         self._server.writeback = True
         self._recovered.clear()
         self._waiting.clear()
 
     def pause(self) -> None:
-        """Finish what is in flight."""
-        self._server.drain()
+        """Finish what is in flight.
+
+        A process that takes the place of another has nothing, and no need to wait for what that
+        one had if the VM itself is not paused.
+        """
+        if self._queues or self._settings.get("paused"):
+            self._rest(self._server.drain)
 
     # Life of the process.
 
@@ -379,11 +372,15 @@ class Vioblk(Device):
         return {"writeback": self._server.writeback}
 
     def remember(self) -> dict[str, Any]:
-        """Return the size, too, that the driver knows."""
-        return {**self.save(), "limit": self._server.limit}
+        """Return the size that the driver knows, and what the image does not tell, too."""
+        return {**self.save(), "limit": self._server.limit, "disk": self._disk.remember()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take that over; what is no longer in the image cannot be had."""
+        """Take that over; what is no longer in the image cannot be had. Raises HostError."""
         server = self._server
-        server.writeback = bool(state["writeback"])
-        server.limit = min(int(state.get("limit", server.limit)), server.limit)
+        writeback, limit = state["writeback"], state.get("limit", server.limit)
+        if type(writeback) is not bool or type(limit) is not int or limit < 0:
+            raise HostError("the state of a disk makes no sense")
+        server.writeback, server.limit = writeback, min(limit, server.limit)
+        if "disk" in state:
+            self._disk.load(state["disk"])

@@ -14,10 +14,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from config.model import DiskConfig
+from devices import uring
 from devices.blkreq import HEADER
 from devices.blkring import OverlappingServer
 from devices.device import WARNING
 from devices.raw import Raw
+from devices.uringmake import DEPTH, make
 from devices.vioblk import Vioblk
 from devices.virtio import Registers
 from tools.viodriver import make_memory
@@ -81,7 +83,8 @@ class BlkLab(VirtioDriver):
         self.watched: dict[int, Callable[[int], None]] = {}
         self.nr_queues = disk.queues
         self.disk: Any = make_disk(self._fd)
-        self.device = Vioblk(self.memory, self, self.disk, disk._asdict())
+        ring = uring.Ring(*make(DEPTH)) if disk.cache == "none" else None
+        self.device = Vioblk(self.memory, self, self.disk, disk._asdict(), ring)
         self.registers = Registers(
             self.device,
             self.memory,

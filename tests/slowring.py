@@ -6,7 +6,7 @@ import ctypes
 import os
 from typing import TYPE_CHECKING
 
-from devices.uring import OP_READ, OP_WRITE
+from devices.uringmake import OP_READ, OP_WRITE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -18,10 +18,12 @@ class SlowRing:
     """Does nothing until `land()` or `wait()`; the latest first, so that order shows."""
 
     latest: SlowRing
+    entries = 256
 
-    def __init__(self, entries: int) -> None:
-        self.entries = entries
+    def __init__(self, fd: int, _params: bytes) -> None:
+        os.close(fd)
         self.fd = os.eventfd(0)
+        self.nr_old = self._old_results = 0  # a predecessor's
         self.queued: list[tuple[int, Callable[[], int]]] = []
         self.flying: list[tuple[int, Callable[[], int]]] = []
         self.results: list[tuple[int, int]] = []
@@ -48,8 +50,12 @@ class SlowRing:
         self.submit()
 
     @property
+    def nr_in_flight(self) -> int:
+        return self.nr_old + len(self.queued) + len(self.flying) + len(self.results)
+
+    @property
     def has_results(self) -> bool:
-        return bool(self.results)
+        return bool(self.results or self._old_results)
 
     def sync(self, token: int, fd: int) -> None:
         self.queued.append((token, lambda: int(os.fdatasync(fd) is not None)))  # type: ignore[func-returns-value]
@@ -71,9 +77,18 @@ class SlowRing:
 
     def wait(self) -> None:
         self.submit()
-        self.land()
+        if self.nr_old:
+            self.land_old()
+        else:
+            self.land()
+
+    def land_old(self) -> None:
+        """Complete one of a predecessor's."""
+        self._old_results += 1
 
     def reap(self, most: int = 1 << 16) -> list[tuple[int, int]]:
+        self.nr_old -= self._old_results
+        self._old_results = 0
         results, self.results = self.results[:most], self.results[most:]
         return results
 

@@ -118,7 +118,11 @@ def _disk_row(disk: DiskConfig, name: str, config: VmConfig, opened: ExitStack) 
     return Row(
         "vioblk",
         name,
-        {**disk._asdict(), "bases": [base.format for base in bases]},
+        {
+            **disk._asdict(),
+            "bases": [base.format for base in bases],
+            "ring": disk.cache == "none",
+        },
         disk.queues,
         fds,
         {

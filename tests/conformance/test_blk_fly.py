@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from config.errors import GuestError
-from devices import blkring
+from devices import uring
 from devices.blkfly import request_of
 from devices.blkreq import HEADER, S_IOERR, S_OK, T_FLUSH, T_IN, T_OUT
 from devices.chain import DESC
@@ -77,7 +77,7 @@ class FlyLab(RowsLab):
 
 @pytest.fixture(autouse=True)
 def _slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blkring, "Ring", SlowRing)
+    monkeypatch.setattr(uring, "Ring", SlowRing)
 
 
 @pytest.fixture(params=[False, True], ids=["split", "packed"])
@@ -216,7 +216,7 @@ def test_a_head_that_is_in_flight(lab: FlyLab) -> None:
 
 def test_no_more_than_there_is_room_for(lab: FlyLab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rest is started when there is."""
-    monkeypatch.setattr(blkring, "DEPTH", 10)
+    monkeypatch.setattr(SlowRing, "entries", 10)
     tokens = {lab.want(3 * index) for index in range(30)}
     lab.kick()
     assert len(lab.ring.flying) == 10
@@ -231,7 +231,7 @@ def test_a_reset_with_requests_in_flight(lab: FlyLab) -> None:
     lab.kick()
     lab.device.reset()
     assert lab.ring.flying == []
-    assert lab.device._server.room == blkring.DEPTH
+    assert lab.device._server.room == SlowRing.entries
 
 
 def test_writes_that_have_to_reach_the_medium(tmp_path: Path) -> None:

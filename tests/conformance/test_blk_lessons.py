@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from config.errors import GuestError
-from devices import blkreq, blkring
+from devices import blkreq, uring
 from devices.blkreq import (
     BLK_F_FLUSH,
     HEADER,
@@ -192,7 +192,7 @@ def test_cve_2026_45782_the_same_head_twice_in_flight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While a request is in the ring, its head offered again breaks the driver, not the device."""
-    monkeypatch.setattr(blkring, "Ring", SlowRing)
+    monkeypatch.setattr(uring, "Ring", SlowRing)
     with BlkLab(tmp_path, SIZE, content=PATTERN, cache="none") as blk:
         blk.start(BLK_F_FLUSH)
         queue = blk.queues[0]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from config.errors import GuestError
-from devices import blkring
+from devices import uring
 from devices.blkreq import (
     BLK_F_FLUSH,
     HEADER,
@@ -40,7 +40,7 @@ PATTERN = bytes(range(256)) * (SIZE // 256)
 
 @pytest.fixture
 def blk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BlkLab]:
-    monkeypatch.setattr(blkring, "Ring", SlowRing)
+    monkeypatch.setattr(uring, "Ring", SlowRing)
     with BlkLab(tmp_path, SIZE, content=PATTERN, cache="none", queues=2) as lab:
         lab.start(BLK_F_FLUSH | F_RING_RESET, arena_bytes=1 << 20)
         yield lab
@@ -278,28 +278,46 @@ def test_requests_in_flight_outlive_a_broken_ring(blk: BlkLab, ring: SlowRing) -
     blk.start(BLK_F_FLUSH)
 
 
-def test_without_io_uring_requests_do_not_overlap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_a_killed_process_had_in_flight_comes_first(blk: BlkLab, ring: SlowRing) -> None:
+    """Nothing is begun while the disk may still do what was asked before, and then all of it."""
+    ring.nr_old = 2
+    for queue in (0, 1, 1):
+        read(blk, 8, queue=queue)
+    for _ in range(2):
+        kick(blk)
+        kick(blk, 1)
+        assert ring.flying == []
+        ring.land_old()
+        ready(blk)
+    blk.serve()
+    assert len(ring.flying) == 3
+    while ring.flying:
+        ring.land()
+        ready(blk)
+    assert list(collect(blk).values()) == [good(8)]
+    assert list(collect(blk, 1).values()) == [good(8), good(8)]
+
+
+@pytest.mark.parametrize("how", ["reset", "pause", "queue reset", "resize"])
+def test_who_wants_peace_waits_for_a_killed_process_too(
+    blk: BlkLab, ring: SlowRing, how: str
 ) -> None:
-    """Where the host has no io_uring, cache: none works all the same, one request at a time."""
-
-    def refuse(_entries: int) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr(blkring, "Ring", refuse)
-    with BlkLab(tmp_path, SIZE, content=PATTERN, cache="none") as blk:
-        blk.start(BLK_F_FLUSH)
-        calls = record_calls(monkeypatch, "preadv")
-        assert blk.ask(T_IN, 1, room=512) == good(1, 512)
-        assert blk.watched == {}
-    assert calls[0] == "preadv"
+    """Guest memory and image are left alone afterwards, also by what it had asked for."""
+    ring.nr_old = 3
+    if how == "reset":
+        blk.status = 0
+    elif how == "pause":
+        blk.device.pause()
+    elif how == "queue reset":
+        assert blk.disable(0)
+    else:
+        assert blk.device.setting("resize", 2 * SIZE) == 2 * SIZE
+    assert ring.nr_old == 0
 
 
 def test_the_ring_is_the_kernels(tmp_path: Path) -> None:
     """The real ring: 64 reads at once, of memory and lengths that O_DIRECT likes and dislikes."""
     with BlkLab(tmp_path, SIZE, content=PATTERN, cache="none") as blk:
-        if not blk.watched:
-            pytest.skip("no io_uring on this host")
         blk.start(BLK_F_FLUSH)
         lengths = [512, 4096, 1024, 8192]
         tokens = {read(blk, 16 * i, lengths[i % 4]): i for i in range(64)}

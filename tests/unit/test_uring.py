@@ -7,12 +7,15 @@ import errno
 import mmap
 import os
 import select
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
 
-from devices import uring
-from devices.uring import OP_READ, OP_WRITE, Ring, address
+from config.errors import HostError
+from devices import uringmake
+from devices.uring import Ring, address
+from devices.uringmake import OP_READ, OP_WRITE, make
 from tests.descriptors import count_before
 
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ PATTERN = bytes(range(256)) * (SIZE // 256)
 @pytest.fixture
 def ring() -> Iterator[Ring]:
     try:
-        ring = Ring(8)
+        ring = Ring(*make(8))
     except OSError as err:
         pytest.skip(f"no io_uring here: {err.strerror}")
     yield ring
@@ -210,9 +213,9 @@ def test_a_host_without_io_uring(monkeypatch: pytest.MonkeyPatch, number: int) -
             return -1
 
     before = count_before()
-    monkeypatch.setattr(uring, "_libc", Libc)
+    monkeypatch.setattr(uringmake, "_libc", Libc)
     with pytest.raises(OSError, match=os.strerror(number)):
-        Ring(8)
+        make(8)
 
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -222,7 +225,7 @@ def test_an_interrupted_call_is_made_again(
 ) -> None:
     """EINTR, EAGAIN and EBUSY are no errors: what was not taken is handed over again."""
     answers = [errno.EINTR, errno.EAGAIN, errno.EBUSY]
-    real = uring._libc
+    real = uringmake._libc
 
     class Libc:
         @staticmethod
@@ -232,7 +235,7 @@ def test_an_interrupted_call_is_made_again(
             ctypes.set_errno(answers.pop())
             return -1
 
-    monkeypatch.setattr(uring, "_libc", Libc)
+    monkeypatch.setattr(uringmake, "_libc", Libc)
     ring.read(1, fd, [memoryview(bytearray(512))], 0)
     ring.submit()
     monkeypatch.undo()
@@ -251,7 +254,7 @@ def test_another_error_is_raised(ring: Ring, monkeypatch: pytest.MonkeyPatch) ->
             return -1
 
     ring._unsubmitted = 1
-    monkeypatch.setattr(uring, "_libc", Libc)
+    monkeypatch.setattr(uringmake, "_libc", Libc)
     with pytest.raises(OSError, match="Bad file descriptor"):
         ring.submit()
     ring._unsubmitted = 0
@@ -308,3 +311,58 @@ def test_results_a_few_at_a_time(ring: Ring, fd: int) -> None:
         found += got
     assert not ring.has_results
     assert sorted(found) == [(token, 512) for token in range(5)]
+
+
+@pytest.mark.parametrize("handed_over", [True, False])
+def test_what_a_killed_process_has_left_comes_first(fd: int, handed_over: bool) -> None:
+    """The next one knows how much there is, waits for it, leaves out its results, and goes on."""
+    made = make(8)
+    source, sink = os.pipe()
+    ready = os.eventfd(0)
+    view = memoryview(mmap.mmap(-1, 4096))
+    pid = os.fork()
+    if not pid:
+        ring = Ring(*made)
+        for token in range(3):
+            ring.read(token, fd, [view[512 * token : 512 * token + 512]], 512 * token)
+        ring.wait()
+        ring.read(3, source, [view[2048:2049]], 0)
+        ring.read(4, source, [view[2049:2050]], 0)
+        ring.submit()
+        if not handed_over:
+            ring.read(5, fd, [view[4000:4010]], 0)
+        os.eventfd_write(ready, 1)
+        signal.pause()
+    os.eventfd_read(ready)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+    ring = Ring(*made)
+    assert (ring.nr_old, ring.nr_in_flight, ring.reap()) == (2, 2, [])
+    os.write(sink, b"x")
+    ring.wait()
+    assert ring.reap() == []
+    assert (ring.nr_old, ring.nr_in_flight) == (0, 0)
+    ring.read(9, fd, [view[:512]], 1024)
+    assert results(ring) == {9: 512}
+    assert view[:512] == (PATTERN * 2)[1024:1536]
+    assert not any(view[4000:4010])
+    ring.close()
+    for end in (source, sink, ready):
+        os.close(end)
+
+
+def test_a_ring_that_makes_no_sense() -> None:
+    """A predecessor can write anything into it: the next one says so and ends."""
+    made = make(8)
+    ring = Ring(*made)
+    ring._words[ring._cq_tail] = 100
+    with pytest.raises(HostError, match="no sense"):
+        Ring(*made)
+    ring.close()
+
+
+def test_a_ring_carries_out_nothing_else(ring: Ring, fd: int) -> None:
+    """An operation that no disk needs, openat(2) for one, is refused by the kernel."""
+    ring._put(18, 1, (0, 0), 0, fd=fd, flags=0)
+    assert results(ring) == {1: -errno.EACCES}
