@@ -154,7 +154,7 @@ def _open_vioscsi(
         return {}, {}
     fd = images.open_disc(os.path.abspath(options.cdrom), "")
     opened.callback(os.close, fd)
-    return {}, {"medium": fd}
+    return {}, {"disc1": fd}
 
 
 def _open_viornd(

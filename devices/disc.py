@@ -34,18 +34,15 @@ _IOV_MAX: Final = 1024
 class Disc:
     """One disc, on a descriptor opened by somebody who was allowed to."""
 
-    def __init__(self, fd: int, host: Host) -> None:
-        """Look at `fd`, which is ours unless this raises: ConfigError, HostError."""
-        try:
-            self._bytes = _size(fd)
-            os.preadv(fd, [bytearray(1)], 0)
-        except OSError as err:
-            raise HostError(f"cannot read the image: {err.strerror}") from err
-        if not self._bytes:
-            raise ConfigError("the image is empty")
+    def __init__(self, fd: int, host: Host, size: int = 0) -> None:
+        """Look at `fd`, which is ours unless this raises: ConfigError, HostError.
+
+        One that went in earlier, when it had `size` bytes, is not looked at again.
+        """
+        self.size = size or _look(fd)
         self._fd, self._host = fd, host
         self._limiter, self._untold = TokenBucket(ERRORS_RATE, ERRORS_BURST), 0
-        self.blocks = -(-self._bytes // BLOCK)
+        self.blocks = -(-self.size // BLOCK)
 
     def read(self, views: Sequence[memoryview], lba: int, count: int) -> int:
         """Fill views of `count` blocks in all; return how many bytes were filled.
@@ -71,7 +68,7 @@ class Disc:
 
     def _ended(self, views: Sequence[memoryview], offset: int, wanted: int) -> int:
         """Nothing is left at `offset`: return how many bytes of zeroes are right from there."""
-        if offset < self._bytes:
+        if offset < self.size:
             self._complain(f"the image has shrunk to {offset} bytes")
             return 0
         return spread.fill(views, bytes(wanted))
@@ -84,6 +81,18 @@ class Disc:
         self._limiter.take(1)
         untold, self._untold = self._untold, 0
         self._host.log(ERROR, f"{text} (and {untold} errors before it)" if untold else text)
+
+
+def _look(fd: int) -> int:
+    """Return how many bytes a disc has that can be read. Raises ConfigError, HostError."""
+    try:
+        size = _size(fd)
+        os.preadv(fd, [bytearray(1)], 0)
+    except OSError as err:
+        raise HostError(f"cannot read the image: {err.strerror}") from err
+    if not size:
+        raise ConfigError("the image is empty")
+    return size
 
 
 def _size(fd: int) -> int:

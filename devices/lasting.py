@@ -49,6 +49,12 @@ class LastingProcess(Process):
         self._stays_paused = bool(order.settings.get("paused"))
         super().__init__(order, fds, create, async_, sync)
 
+    def begin(self) -> None:
+        """See Process. Whoever takes the place of this one finds a state."""
+        super().begin()
+        if not self._resumes:
+            self.checkpoint()
+
     def serve(self) -> int:
         """Become what a predecessor was, if there was one, and serve as ever."""
         if self._resumes:
@@ -62,8 +68,6 @@ class LastingProcess(Process):
             except Exception as err:  # what a predecessor that was taken over wrote, for one
                 words.last_words(self._async, err)
                 return 1
-        else:
-            self.checkpoint()
         return super().serve()
 
     def _resume(self) -> None:

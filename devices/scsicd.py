@@ -64,7 +64,7 @@ class Drive(Tray):
         code = cdb[0] if cdb else -1
         row = COMMANDS.get(code)
         if lun == LUN_0 and self.attentions and (row is None or row.attention):
-            raise CheckError(self.attentions.pop(0))
+            raise CheckError(self.next_attention())
         if lun != LUN_0:
             row = self._row_elsewhere(lun, code, row)
         if row is None:
@@ -127,7 +127,7 @@ class Drive(Tray):
     def request_sense(self, cdb: bytes) -> bytes:
         """REQUEST SENSE: what the next command would be refused for, if anything."""
         if self.attentions:
-            sense = self.attentions.pop(0)
+            sense = self.next_attention()
         else:
             sense = NOTHING if self.loaded else self.not_ready()
         return _sense_data(sense, cdb)
@@ -184,7 +184,7 @@ class Drive(Tray):
             raise invalid_field(1)
         classes, allocation = cdb[4], int.from_bytes(cdb[7:9], "big")
         told = classes >> scsidata.MEDIA_CLASS & 1 and allocation > 4
-        event = self.events.pop(0) if told and self.events else 0
+        event = self.next_event() if told else 0
         return scsidata.event_status(classes, event, self.tray_open, bool(self.loaded))
 
     def disc_information(self, cdb: bytes) -> bytes:

@@ -52,7 +52,10 @@ class Legacy(IntEnum):
     DEVICE = 0x14
 
 
+FIRST_DISC: Final = 1  # the number of the disc that is in a CD-ROM drive at the start
+
 #: What a CD-ROM drive says of its tray: whether it is open, and whether the guest has locked it.
+#: The number of the disc in it follows.
 TRAY_WORDS: Final = {
     (False, False): "closed",
     (False, True): "locked",

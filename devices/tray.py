@@ -42,8 +42,13 @@ class Tray:
         self._tell, self._moved = tell, moved
         self.disc: Disc | None = None
         self.tray_open = self.locked = False
-        self.attentions: list[Sense] = [POWER_ON]
-        self.events: list[int] = []
+        self.attentions: tuple[Sense, ...] = (POWER_ON,)
+        self.events: tuple[int, ...] = ()
+
+    @property
+    def state(self) -> tuple[object, ...]:
+        """All that a guest can change, to be compared."""
+        return self.tray_open, self.locked, self.attentions, self.events
 
     @property
     def loaded(self) -> Disc | None:
@@ -62,7 +67,7 @@ class Tray:
     def reset(self, sense: Sense) -> None:
         """A reset of whatever kind: the lock is gone, and `sense` tells the guest why."""
         self.lock(False)
-        self.attentions = [sense]
+        self.attentions = (sense,)
 
     def lock(self, on: bool) -> None:
         """Prevent removal, or allow it."""
@@ -99,10 +104,26 @@ class Tray:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Become what save() described, around whatever disc there is. Raises ValueError, ..."""
+        """Become what save() described, around whatever disc there is.
+
+        Raises ValueError, struct.error, ... if it is nothing of the kind.
+        """
         self.tray_open, self.locked = bool(state["tray_open"]), bool(state["locked"])
-        self.attentions = [Sense(*map(int, sense)) for sense in state["attentions"]]
-        self.events = [int(event) for event in state["events"][-EVENTS_KEPT:]]
+        self.attentions = tuple(Sense(*map(int, sense)) for sense in state["attentions"])
+        for sense in self.attentions:
+            sense.fixed()  # raises, now rather than when a guest asks
+        self.events = tuple(int(event) & 0xF for event in state["events"][-EVENTS_KEPT:])
+
+    def next_attention(self) -> Sense:
+        """Take the first unit attention; there is one."""
+        sense, *rest = self.attentions
+        self.attentions = tuple(rest)
+        return sense
+
+    def next_event(self) -> int:
+        """Take the first media event; 0 if there is none."""
+        event, self.events = self.events[:1], self.events[1:]
+        return event[0] if event else 0
 
     def _need_unlocked(self, force: bool) -> None:
         if self.locked and not self.tray_open and not force:
@@ -125,10 +146,10 @@ class Tray:
             if self.disc is not None:
                 self._happened(NEW_MEDIA)
                 if MEDIUM_CHANGED not in self.attentions:
-                    self.attentions.append(MEDIUM_CHANGED)
+                    self.attentions += (MEDIUM_CHANGED,)
             self._moved()
 
     def _happened(self, event: int) -> None:
-        if self.events[-1:] != [event]:
-            self.events = [*self.events[1 - EVENTS_KEPT :], event]
+        if self.events[-1:] != (event,):
+            self.events = (*self.events[1 - EVENTS_KEPT :], event)
         self._tell(event)

@@ -14,20 +14,24 @@ by asking the drive.
     chain ── header ──► scsicd.Drive ── views ──► disc.Disc        chain ── controlq ──► tray.Tray
 
 Every command is done before the next one is looked at, so a task management function never finds
-one to abort, and resets have nothing to wait for.
+one to abort, and resets have nothing to wait for. What changes the drive is done once, whenever
+the process is killed (`once.py`).
 """
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from config.errors import ConfigError, GuestError
 from devices import spread
+from devices.changer import ACTS, INSERT, Changer
 from devices.device import WARNING, Device
 from devices.disc import Disc
+from devices.once import Once
 from devices.scsi import CHECK_CONDITION, GOOD, LUN_RESET, NEXUS_LOST, POWER_ON, CheckError
 from devices.scsi import OverrunError as Overrun
-from devices.scsicd import LUN_0, OTHER_LUN, Drive
+from devices.scsicd import LUN_0, OTHER_LUN
 from devices.scsireq import (
     AN,
     AN_ANSWER,
@@ -59,7 +63,7 @@ from devices.scsireq import (
     TMF_QUERY_TASK_SET,
     locate,
 )
-from devices.spec import BUSY, SPECS, TRAY_WORDS
+from devices.spec import BUSY, FIRST_DISC, SPECS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -73,7 +77,6 @@ CONTROLQ, EVENTQ, REQUESTQ = range(3)
 
 BUDGET: Final = 4 << 20  # bytes per wake-up, about 1 ms from the page cache
 REQUEST_COST: Final = 4096  # bytes: what a request counts for beside its own
-NOTICE_PAUSE: Final = 0.1  # seconds between two words about where the tray is
 
 _SENSE_SIZE_AT: Final = 20
 _CDB_SIZE_AT: Final = 24
@@ -83,11 +86,16 @@ MAX_SECTORS: Final = 2048  # of 512 bytes: a hint, as in vmd
 
 
 def create(
-    _settings: Mapping[str, Any], fds: dict[str, int], memory: GuestMemory, host: Host
+    settings: Mapping[str, Any], fds: dict[str, int], memory: GuestMemory, host: Host
 ) -> Vioscsi:
-    """Make the device, with the disc on the descriptor `medium` or without any."""
-    fd = fds.pop("medium", -1)
-    return Vioscsi(memory, host, Disc(fd, host) if fd >= 0 else None)
+    """Make the device, with the disc on the descriptor `disc1` or without any.
+
+    Which one there is in a successor says `load`.
+    """
+    names = [name for name in fds if name.startswith("disc")]
+    discs = {int(name.removeprefix("disc")): fds.pop(name) for name in names}
+    fd = -1 if settings.get("resumes") else discs.pop(FIRST_DISC, -1)
+    return Vioscsi(memory, host, Disc(fd, host) if fd >= 0 else None, discs)
 
 
 class Vioscsi(Device):
@@ -96,18 +104,23 @@ class Vioscsi(Device):
     queue_sizes = SPECS["vioscsi"].queues
     in_order = True
 
-    def __init__(self, memory: GuestMemory, host: Host, disc: Disc | None) -> None:
+    def __init__(
+        self,
+        memory: GuestMemory,
+        host: Host,
+        disc: Disc | None,
+        others: Mapping[int, int] = MappingProxyType({}),
+    ) -> None:
+        """See Changer."""
         super().__init__(memory, host)
-        self.drive = Drive(self._event, self._moved)
-        self.drive.disc = disc
+        self._changer = Changer(self._event, host, disc, others)
+        self.drive = self._changer.drive
+        self._once = Once(self._state, host.checkpoint)
         self._sizes = {_SENSE_SIZE_AT: SENSE_SIZE, _CDB_SIZE_AT: CDB_SIZE}
         self._subscribed = 0  # EVT_* bits
         self._pending = 0  # EVT_* bits to be sent
         self._missed = False  # an event found no buffer
         self._recovered: dict[int, list[Chain]] = {}
-        self._timer = host.timer(self._pause_over)
-        self._quiet = False  # the VM process has just been told something
-        self._told = self._word()
 
     # Configuration space.
 
@@ -139,7 +152,8 @@ class Vioscsi(Device):
 
     def start_queue(self, index: int, queue: VirtQueue) -> None:
         """Find what a killed predecessor left unfinished in a queue."""
-        self._recovered[index] = queue.resubmit()
+        self._recovered[index] = chains = queue.resubmit()
+        self._once.found(index, chains)
 
     def stop_queue(self, index: int, queue: VirtQueue) -> None:
         """Finish what a predecessor left: a buffer for an event goes back without one."""
@@ -164,9 +178,7 @@ class Vioscsi(Device):
             while left > 0:
                 chain = self._next(index, queue)
                 if chain is not None:
-                    written = serve(chain)
-                    queue.push(chain.head, written)
-                    left -= written + REQUEST_COST
+                    left -= self._once.do(index, queue, chain, serve) + REQUEST_COST
                 elif not queue.enable_kicks():
                     return False
         finally:
@@ -178,6 +190,7 @@ class Vioscsi(Device):
     def reset_queue(self, index: int) -> None:
         """Nothing is ever in flight."""
         self._recovered.pop(index, None)
+        self._once.drop(index)
 
     def reset(self) -> None:
         """Reset bus and drive; the disc stays where it is."""
@@ -186,6 +199,7 @@ class Vioscsi(Device):
         self._subscribed = self._pending = 0
         self._missed = False
         self._recovered.clear()
+        self._once.clear()
 
     def _next(self, index: int, queue: VirtQueue) -> Chain | None:
         recovered = self._recovered.get(index)
@@ -282,58 +296,47 @@ class Vioscsi(Device):
         """Send what is pending, or remember that it was missed; then tell that, when possible."""
         sent = False
         for _ in range(queue.size):
-            if not (self._pending or self._missed):
+            if not (self._pending or self._missed or self._once.owes(EVENTQ)):
                 break
             chain = self._next(EVENTQ, queue)
             if chain is None:
-                self._missed, self._pending = True, 0
+                if self._pending:
+                    self._missed, self._pending = True, 0
+                    self.host.checkpoint()
                 if queue.enable_kicks():
                     continue
                 break
-            if chain.readable:
-                raise GuestError("SCSI event buffer that cannot be written to")
-            event, reason = T_ASYNC_NOTIFY if self._pending else T_NO_EVENT, self._pending
-            if chain.writable_bytes < EVENT.size:  # too short to say anything
-                event = T_NO_EVENT
-            else:
-                self._pending = 0
-            event |= EVENTS_MISSED * self._missed
-            self._missed = self._missed and chain.writable_bytes < EVENT.size
-            lun = DRIVE_LUN if event & T_ASYNC_NOTIFY else bytes(8)
-            written = spread.fill(chain.writable, EVENT.pack(event, lun, reason))
-            queue.push(chain.head, written)
+            self._once.do(EVENTQ, queue, chain, self._report)
             sent = True
         if sent and queue.should_call():
             self.host.call(EVENTQ)
         return False
 
+    def _report(self, chain: Chain) -> int:
+        """Put what is pending into a buffer. Raises GuestError."""
+        if chain.readable:
+            raise GuestError("SCSI event buffer that cannot be written to")
+        event, reason = T_ASYNC_NOTIFY if self._pending else T_NO_EVENT, self._pending
+        if chain.writable_bytes < EVENT.size:  # too short to say anything
+            event = T_NO_EVENT
+        else:
+            self._pending = 0
+        event |= EVENTS_MISSED * self._missed
+        self._missed = self._missed and chain.writable_bytes < EVENT.size
+        lun = DRIVE_LUN if event & T_ASYNC_NOTIFY else bytes(8)
+        return spread.fill(chain.writable, EVENT.pack(event, lun, reason))
+
     # Life of the process.
 
-    def facts(self) -> dict[str, Any]:
-        """Return what is told outside."""
-        drive = self.drive
-        blocks = drive.disc.blocks if drive.disc else 0
-        return {"tray_open": drive.tray_open, "locked": drive.locked, "blocks": blocks}
-
     def setting(self, name: str, value: Any) -> Any:
-        """`eject`: take the disc out, `value` says whether by force; `load`: close the tray.
-
-        The result is what facts() says. Raises PyvmError.
-        """
-        if name == "eject":
-            self.drive.remove(force=value is True)
-        elif name == "load":
-            self.drive.load()
-        else:
-            return super().setting(name, value)
-        return self.facts()
+        """`eject`, `load`: see Changer.act. Raises PyvmError."""
+        return self._changer.act(name, value) if name in ACTS else super().setting(name, value)
 
     def take(self, name: str, value: Any, fd: int) -> Any:
-        """`insert`: put a disc in and close the tray, `value` says whether by force."""
-        if name != "insert":
+        """`insert`: likewise."""
+        if name != INSERT:
             return super().take(name, value, fd)
-        self.drive.insert(Disc(fd, self.host), force=value is True)
-        return self.facts()
+        return self._changer.act(name, value, fd)
 
     def save(self) -> dict[str, Any]:
         """Return what the driver has set, and what it has not been told yet."""
@@ -344,31 +347,31 @@ class Vioscsi(Device):
             "drive": self.drive.save(),
         }
 
+    def remember(self) -> dict[str, Any]:
+        """Return the disc, too, and what has been done."""
+        return {
+            **self.save(),
+            "missed": self._missed,
+            "pending": self._pending,
+            "once": self._once.save(),
+            "changer": self._changer.save(),
+        }
+
     def load(self, state: dict[str, Any]) -> None:
         """Take that over."""
-        sense_size, cdb_size = state["sizes"]
+        sense_size, cdb_size = map(int, state["sizes"])
         if not (0 <= sense_size <= MAX_SENSE_SIZE and 0 <= cdb_size <= MAX_CDB_SIZE):
             raise ConfigError(f"sense_size {sense_size} and cdb_size {cdb_size} cannot be")
         self._sizes = {_SENSE_SIZE_AT: sense_size, _CDB_SIZE_AT: cdb_size}
         self._subscribed = state["subscribed"] & EVT_MEDIA_CHANGE
         self._missed = bool(state["missed"])
         self.drive.restore(state["drive"])
+        if "changer" in state:
+            self._pending = state["pending"] & EVT_MEDIA_CHANGE
+            self._once.load(state["once"])
+            self._changer.load(state["changer"])
+        self._changer.announce()
 
-    def _moved(self) -> None:
-        """Tell the VM process where the tray is, at once or when it has not heard for a while."""
-        if not self._quiet:
-            self._tell()
-
-    def _pause_over(self) -> None:
-        self._quiet = False
-        if self._word() != self._told:
-            self._tell()
-
-    def _word(self) -> str:
-        return TRAY_WORDS[self.drive.tray_open, self.drive.locked]
-
-    def _tell(self) -> None:
-        self._told = self._word()
-        self.host.tell(self._told)
-        self._quiet = True
-        self._timer.arm(NOTICE_PAUSE)
+    def _state(self) -> tuple[object, ...]:
+        """All that requests change."""
+        return self.drive.state, self._subscribed, self._pending, self._missed

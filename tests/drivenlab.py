@@ -109,7 +109,7 @@ class Driven:
             return disk._asdict(), {"image": os.open(self.image, os.O_RDWR)}
         if self.kind == "vioscsi":
             self.image.write_bytes(DISC)
-            return {}, {"medium": open_disc(str(self.image))}
+            return {}, {"disc1": open_disc(str(self.image))}
         if self.kind == "vionet":
             self._stream, theirs = socket.socketpair()
             self.stack.callback(self._stream.close)

@@ -202,6 +202,11 @@ class PlugLab(VirtioDriver):
 
     # The guest.
 
+    @property
+    def alive(self) -> bool:
+        """Whether there is a device, and will be."""
+        return not self.lost
+
     def read(self, reg: int, size: int) -> int:
         return self.channel.read(reg, size)[0]
 

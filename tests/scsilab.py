@@ -111,7 +111,7 @@ class ScsiLab(VirtioDriver):
         """Put in a disc of `content`, as the VM process does."""
         fd = self.burn(content, "next.iso")
         try:
-            return self.device.take("insert", force, fd)
+            return self.device.take("insert", [force, 0], fd)
         except BaseException:
             os.close(fd)
             raise
@@ -129,7 +129,7 @@ class ScsiLab(VirtioDriver):
     ) -> list[SplitDriver | PackedDriver]:
         self.queues = super().start(features, size=size, arena_bytes=arena_bytes)
         if not self.attention:
-            self.device.drive.attentions.clear()
+            self.device.drive.attentions = ()
         return self.queues
 
     def ask(

@@ -13,6 +13,7 @@ import select
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -34,6 +35,7 @@ ASYNC_DEADLINE: Final = 0.2  # seconds the loop waits for the rest of a message
 CALL_DEADLINE: Final = 2.0  # seconds that the loop waits for the answer to a command
 LATE_DEADLINE: Final = 60.0  # seconds until a device that owes an answer is given up
 EVENT_MAX: Final = 32  # bytes of a word
+LAST_MAX: Final = 8  # messages that are read of a process that has ended
 WRITES_MAX: Final = 64  # register writes that may have to be made again
 LEVELS: Final = (log.debug, log.info, log.warning, log.error)
 
@@ -217,10 +219,23 @@ class DeviceChannel:
             async_, self._async = self._async, None
         self._forget_timer()
         if async_ is not None:
+            self._hear_last_words(async_)
             self._loop.remove(async_.fileno())
             async_.close()
         if sync is not None:
             sync.close()
+
+    def _hear_last_words(self, channel: Channel) -> None:
+        """Log what a process may have said before it ended."""
+        with suppress(ChannelError):
+            for _ in range(LAST_MAX):
+                if not self._waits(channel, 0):
+                    break
+                imsg = channel.receive()
+                if imsg.fd is not None:
+                    os.close(imsg.fd)
+                if imsg.type == ImsgType.LOG:
+                    self._log(imsg.data)
 
     def _forget_timer(self) -> None:
         if self._given_up is not None:

@@ -14,7 +14,7 @@ import os
 import stat
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from config.errors import HostError, PyvmError
 from devices.spec import SPECS
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from vmm.net.network import Network
     from vmm.netpairs import Pairs
     from vmm.peers import Peers
+
+CALL_ATTEMPTS: Final = 5  # processes that may die over a call, one after the other
 
 
 class Device:
@@ -298,14 +300,15 @@ class Devices:
         """Make a call; again, if another process has to take a device's place. ChannelError."""
         channel = device.channel
         self._revive(device)
-        generation = channel.generation
-        try:
-            return channel.call(what, data, fd)
-        except ChannelError:
-            if device.lasting is None or not self._revive(device):
-                raise
-            if channel.generation == generation:  # it is busy
-                raise
+        for _ in range(CALL_ATTEMPTS - 1):
+            generation = channel.generation
+            try:
+                return channel.call(what, data, fd)
+            except ChannelError:
+                if device.lasting is None or not self._revive(device):
+                    raise
+                if channel.generation == generation:  # it is busy
+                    raise
         return channel.call(what, data, fd)
 
     def _tell(self, what: ImsgType) -> None:

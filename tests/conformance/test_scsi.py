@@ -195,7 +195,7 @@ def test_5_6_6_2_asynchronous_notification(tmp_path: Path) -> None:
         lab.start()
         assert lab.notify(1, 0xFFFFFFFF) == (16, 0)
         lab.offer([], [16], queue=EVENTQ)
-        lab.device.setting("eject", False)
+        lab.device.setting("eject", [False, 0])
         lab.serve()
         assert lab.queues[EVENTQ].collect() == []
         assert lab.notify(2, 0x7E) == (16, 0)
@@ -207,7 +207,7 @@ def test_5_6_6_2_asynchronous_notification(tmp_path: Path) -> None:
         assert EVENTQ in lab.interrupts
         assert lab.notify(2, 0x6E) == (0, 0)
         lab.offer([], [16], queue=EVENTQ)
-        lab.device.setting("eject", False)
+        lab.device.setting("eject", [False, 0])
         lab.serve()
         assert lab.queues[EVENTQ].collect() == []
         assert lab.notify(2, 16, b"\1\0\0\1" + bytes(4)) == (0, 12)
@@ -219,7 +219,7 @@ def test_5_6_6_3_missed_events_are_told(tmp_path: Path) -> None:
     with ScsiLab(tmp_path, DISC) as lab:
         lab.start()
         lab.notify(2, 16)
-        lab.device.setting("eject", False)
+        lab.device.setting("eject", [False, 0])
         lab.serve()
         lab.offer([], [16], queue=EVENTQ)
         lab.schedule(EVENTQ)
@@ -233,7 +233,7 @@ def test_5_6_6_3_missed_events_are_told(tmp_path: Path) -> None:
         short, full = lab.queues[EVENTQ].collect()
         assert (short.written, lab.queues[EVENTQ].data(short.request)) == (4, bytes(4))
         assert EVENT.unpack(lab.queues[EVENTQ].data(full.request)) == (2, DRIVE_LUN, 16)
-        lab.device.setting("eject", False)
+        lab.device.setting("eject", [False, 0])
         lab.serve()
         lab.start()
         lab.offer([], [16], queue=EVENTQ)
@@ -310,19 +310,30 @@ def test_state_goes_over_to_a_successor(tmp_path: Path) -> None:
         assert next_lab.read_config(24, 4) == 16
 
 
+def fire(lab: ScsiLab) -> None:
+    """Let a while pass."""
+    for timer in lab.timers:
+        timer.fire()
+
+
 def test_the_tray_is_told_at_most_so_often(tmp_path: Path) -> None:
-    """A guest that plays with the tray has the VM process woken once, and once more at the end."""
+    """A guest that plays with the tray has the VM process woken once, when all is written down."""
     with ScsiLab(tmp_path, DISC) as lab:
         lab.start()
         for _ in range(100):
             lab.ask(b"\x1b\0\0\0\2\0")
             lab.ask(b"\x1b\0\0\0\3\0")
         lab.ask(b"\x1e\0\0\0\1\0")
-        assert lab.told == ["open"]
-        for timer in lab.timers:
-            timer.fire()
-        assert lab.told == ["open", "locked"]
-        for timer in lab.timers:
-            timer.fire()
-        assert lab.told == ["open", "locked"]
+        assert lab.told == []
+        fire(lab)
+        assert lab.told == ["locked 1"]
+        fire(lab)
+        assert lab.told == ["locked 1"]
+        lab.ask(b"\x1b\0\0\0\2\0")
+        lab.ask(b"\x1e\0\0\0\0\0")
+        fire(lab)
+        lab.insert(DISC)
+        lab.device.setting("eject", [False, 7])
+        fire(lab)
+        assert lab.told == ["locked 1", "closed 1", "open 0"]
         assert lab.status & NEEDS_RESET == 0

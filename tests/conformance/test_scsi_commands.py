@@ -49,7 +49,7 @@ def dvd(lab: ScsiLab) -> None:
     """Put in a disc that is too large for a CD, with a last block that is cut off."""
     fd = lab.burn(b"", "dvd.iso")
     os.truncate(lab.image.with_name("dvd.iso"), DVD_BLOCKS * 2048 - 100)
-    lab.device.take("insert", False, fd)
+    lab.device.take("insert", [False, 0], fd)
     lab.ask(READY)
 
 
@@ -351,13 +351,13 @@ def test_prevent_and_allow(lab: ScsiLab) -> None:
     assert lab.ask(LOCK).status == 0
     assert lab.ask(EJECT).key == (5, 0x53, 2)
     with pytest.raises(Exception, match="locked the tray"):
-        lab.device.setting("eject", False)
+        lab.device.setting("eject", [False, 0])
     with pytest.raises(Exception, match="locked the tray"):
         lab.insert(b"y" * 2048)
     assert events(lab) == [(1, 2), (0, 2)]
     assert lab.ask(UNLOCK).status == 0
-    assert lab.device.setting("eject", False)["tray_open"]
-    lab.device.setting("load", None)
+    assert lab.device.setting("eject", [False, 0])["tray_open"]
+    lab.device.setting("load", [False, 0])
     assert lab.ask(READY).key == NO_DISC
     lab.ask(LOCK)
     assert lab.insert(b"y" * 2048, force=True)["blocks"] == 1
@@ -384,7 +384,7 @@ def test_events_are_kept_while_nobody_asks(lab: ScsiLab) -> None:
     assert lab.ask(EVENTS[:8] + b"\4\0", 8).data == b"\0\6\4\x10"
     assert [event for event, _ in events(lab)] == [3, 2, 3, 2, 0]
     for _ in range(5):
-        lab.device.setting("eject", False)
+        lab.device.setting("eject", [False, 0])
         lab.insert(b"w" * 2048)
     assert lab.ask(READY).key == CHANGED
     assert lab.ask(READY).status == 0

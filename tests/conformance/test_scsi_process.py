@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 CONTROLQ, EVENTQ, REQUESTQ = range(3)
 BLOCKS = 64
+CLOSED = {"tray_open": False, "locked": False}
 
 
 def content(seed: int, blocks: int = BLOCKS) -> bytes:
@@ -35,7 +36,7 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., DeviceHost]]:
         fds = {}
         if data is not None:
             (tmp_path / "first.iso").write_bytes(data)
-            fds["medium"] = open_disc(str(tmp_path / "first.iso"))
+            fds["disc1"] = open_disc(str(tmp_path / "first.iso"))
         host = DeviceHost("vioscsi", {}, fds=fds, jail="best-effort")
         for fd in fds.values():
             os.close(fd)
@@ -74,12 +75,14 @@ def sense(host: DeviceHost, queues: Any) -> tuple[int, int, int]:
     return (data[2], data[12], data[13]) if status else (0, 0, 0)
 
 
-def insert(host: DeviceHost, path: Path, data: bytes, *, force: bool = False) -> Any:
+def insert(
+    host: DeviceHost, path: Path, data: bytes, *, force: bool = False, number: int = 0
+) -> Any:
     """Have a disc put in; return the answer."""
     path.write_bytes(data)
     fd = open_disc(str(path))
     try:
-        return host.ask(ImsgType.SETTING, {"name": "insert", "value": force}, fd)
+        return host.ask(ImsgType.SETTING, {"name": "insert", "value": [force, number]}, fd)
     finally:
         os.close(fd)
 
@@ -106,13 +109,13 @@ def test_discs_come_and_go(launch: Callable[..., DeviceHost], tmp_path: Path) ->
     assert sense(host, queues) == (2, 0x3A, 1)
     for seed in range(2, 8):
         data = content(seed, seed)
-        answer = insert(host, tmp_path / f"{seed}.iso", data)
-        assert answer == {"value": {"tray_open": False, "locked": False, "blocks": seed}}
+        answer = insert(host, tmp_path / f"{seed}.iso", data, number=seed)
+        assert answer == {"value": {**CLOSED, "blocks": seed, "disc": seed}}
         assert sense(host, queues) == (6, 0x28, 0)
         assert sense(host, queues) == (0, 0, 0)
         assert read(host, queues, 0, seed) == data
-    answer = host.ask(ImsgType.SETTING, {"name": "eject", "value": False})
-    assert answer["value"] == {"tray_open": True, "locked": False, "blocks": 0}
+    answer = host.ask(ImsgType.SETTING, {"name": "eject", "value": [False, 0]})
+    assert answer["value"] == {"tray_open": True, "locked": False, "blocks": 0, "disc": 0}
     assert sense(host, queues) == (2, 0x3A, 2)
     assert "setting" in host.ask(ImsgType.SETTING, {"name": "spin", "value": 0})["error"]
 
@@ -129,7 +132,7 @@ def test_what_is_no_disc_is_refused(launch: Callable[..., DeviceHost], tmp_path:
     wrong += [os.open(tmp_path / "empty", os.O_WRONLY), os.open(os.devnull, os.O_RDONLY)]
     for _ in range(3):
         for fd in wrong:
-            answer = host.ask(ImsgType.SETTING, {"name": "insert", "value": True}, fd)
+            answer = host.ask(ImsgType.SETTING, {"name": "insert", "value": [True, 0]}, fd)
             assert answer.keys() == {"error"}
             answer = host.ask(ImsgType.SETTING, {"name": "colour", "value": True}, fd)
             assert "takes a descriptor" in answer["error"]
@@ -148,10 +151,10 @@ def test_a_locked_tray_needs_force(launch: Callable[..., DeviceHost], tmp_path: 
     assert ask(host, queues, bytes((0x1E, 0, 0, 0, 1, 0)))[:2] == (0, 0)
     while not host.told:
         assert host.listen(DEADLINE)
-    assert host.told == ["locked"]
+    assert host.told == ["locked 1"]
     for name in ("eject", "insert"):
         if name == "eject":
-            answer = host.ask(ImsgType.SETTING, {"name": "eject", "value": False})
+            answer = host.ask(ImsgType.SETTING, {"name": "eject", "value": [False, 0]})
         else:
             answer = insert(host, tmp_path / "next.iso", content(2))
         assert "the guest has locked the tray" in answer["error"]

@@ -69,7 +69,7 @@ class Bench:
     def run(self, data: bytes) -> int:
         """Do the steps of one input; return how many commands ended GOOD."""
         self.device.reset()
-        self.device.drive.attentions.clear()
+        self.device.drive.attentions = ()
         self._insert(True)
         drivers = [open_driver(self.memory, 16, 0x1000 + (n << 20), F_VERSION_1) for n in range(3)]
         self.queues = [driver.open_device() for driver in drivers]
@@ -96,7 +96,7 @@ class Bench:
             self._ask(CONTROLQ, data[: 24 - (how & 3) * 4], how >> 4, 0)
         elif what == 11:
             with contextlib.suppress(HostError):
-                self.device.setting("eject" if how & 2 else "load", bool(how & 1))
+                self.device.setting("eject" if how & 2 else "load", [bool(how & 1), 0])
         elif what == 12:
             with contextlib.suppress(HostError):
                 self._insert(bool(how & 1))
@@ -115,7 +115,7 @@ class Bench:
         fd = os.memfd_create("disc")
         os.pwrite(fd, self.content, 0)
         try:
-            self.device.take("insert", force, fd)
+            self.device.take("insert", [force, 0], fd)
         except HostError:
             os.close(fd)
             raise

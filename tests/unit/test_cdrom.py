@@ -51,7 +51,7 @@ def test_a_disc_that_the_device_refuses_is_let_go(disc: Path) -> None:
     drive.send = locked
     before = count_before()
     with pytest.raises(HostError, match="locked"):
-        drive.insert(drive.fds["medium"], "other.iso", force=False)
+        drive.insert(drive.fds["disc1"], "other.iso", force=False)
     assert len(os.listdir("/proc/self/fd")) == before
     assert drive.facts["medium"] == str(disc)
     drive.close()
