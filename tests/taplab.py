@@ -18,6 +18,7 @@ import os
 import select
 import socket
 import struct
+import time
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 import pytest
@@ -35,6 +36,7 @@ _TAP_FLAGS: Final = 0x0002 | 0x1000 | 0x4000  # IFF_TAP, IFF_NO_PI, IFF_VNET_HDR
 _MULTI_QUEUE: Final = 0x0100
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFTXQLEN, _SIOCGIFINDEX = 0x8913, 0x8914, 0x8943, 0x8933
 _IFF_UP: Final = 1
+_IFF_RUNNING: Final = 0x40
 _SIOCETHTOOL, _ETHTOOL_GLINK = 0x8946, 0xA
 _SOL_PACKET, _PACKET_VNET_HDR, _PACKET_IGNORE_OUTGOING = 263, 15, 23
 _ETH_P_ALL: Final = 3
@@ -135,6 +137,14 @@ class TapLab:
         request = struct.pack("16sQ16x", NAME, ctypes.addressof(value))
         fcntl.ioctl(self._control, _SIOCETHTOOL, request)
         return bool(struct.unpack_from("I", value, 4)[0])
+
+    def wait_running(self) -> None:
+        """Wait until what is sent arrives: the host takes note of a carrier a little later."""
+        end = time.monotonic() + DEADLINE
+        while not self._flags() & _IFF_RUNNING:
+            assert time.monotonic() < end, "no carrier"
+            time.sleep(0.001)
+        self.set_up(True)  # it is; under the lock that the host holds until frames may go
 
     def delete(self) -> None:
         """Delete it, whoever has it open."""

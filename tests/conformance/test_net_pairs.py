@@ -124,6 +124,7 @@ def test_link_down_is_down_for_all(launch_pairs: Callable[..., PairLab]) -> None
     assert lab.setting("link", True) is True
     lab.send(frame_of(60, 9), queue=3)
     assert [sent.data for sent in lab.tap.receive(1)] == [frame_of(60, 9)]
+    lab.tap.wait_running()
     assert all(shared_out(lab, 60))
 
 
