@@ -217,5 +217,11 @@ class Device:
         """
         return self.save()
 
+    def recall(self, state: dict[str, Any]) -> None:
+        """Know what a killed predecessor's `begin` has settled, from its `remember`.
+
+        Called before `begin`, where there was one. Raises PyvmError.
+        """
+
     def load(self, state: dict[str, Any]) -> None:
         """Become what `save` or `remember` described, before `activate`. Raises PyvmError."""

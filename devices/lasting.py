@@ -44,13 +44,17 @@ class LastingProcess(Process):
     ) -> None:
         """See Process; `journal` is one more of its descriptors."""
         self._journal = Journal(fds.pop("journal"))
-        self._handled = 0
+        self._handled, self._left = 0, dict[str, Any]()
         self._resumes = bool(order.settings.get("resumes"))
         self._stays_paused = bool(order.settings.get("paused"))
         super().__init__(order, fds, create, async_, sync)
 
     def begin(self) -> None:
-        """See Process. Whoever takes the place of this one finds a state."""
+        """See Process; and begin the journal, or know what is in it."""
+        found = self._journal.read() if self._resumes else None
+        if found is not None:
+            self._left, self._handled = found
+            self._device.recall(self._left["device"])
         super().begin()
         if not self._resumes:
             self.checkpoint()
@@ -73,11 +77,9 @@ class LastingProcess(Process):
     def _resume(self) -> None:
         self._pause()
         self._device.totals[BUSY] = 0  # a predecessor may have died waiting
-        found = self._journal.read()
-        if found is not None:
-            state, self._handled = found
+        if self._left:
             try:
-                self._registers.load(state)
+                self._registers.load(self._left)
             except GuestError as err:
                 self.transport.fail(err)
         while self._answer_one().type != MsgType.IO_READ:

@@ -20,7 +20,6 @@ in the in-flight area that its successor gets, too.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import time
@@ -209,10 +208,8 @@ class NetPair(Device):
         if used != self._used:
             try:
                 self._port.attach(on=used)
-            except OSError as err:
-                # It was so already, which only a predecessor knew; or the tap is gone.
-                if err.errno != errno.EINVAL:
-                    self._failed(err)
+            except OSError as err:  # the tap is gone
+                self._failed(err)
         self._used = used
         if not used:
             self._watch.drop(EPOLLIN)

@@ -124,7 +124,7 @@ DEVICES: Final = {
         (
             *BASE,
             *TAKES,
-            *calls("sendmsg getsockname getsockopt"),
+            *calls("sendmsg getsockname getsockopt pread64"),
             Rule("socketpair", (Arg(0, _ANY, (_AF_UNIX,)),), "AF_UNIX"),
             Rule("ioctl", (Arg(1, _ANY, (_FIONBIO,)),), "FIONBIO"),
         ),

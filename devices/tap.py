@@ -74,8 +74,13 @@ class TapPort:
         self.send = partial(os.writev, fd)
 
     def attach(self, *, on: bool) -> None:
-        """Have frames arrive here, or on the other queues only. Raises OSError: EINVAL if so."""
-        ioctl(self.fd, TUNSETQUEUE, pack("16xH22x", IFF_ATTACH_QUEUE if on else IFF_DETACH_QUEUE))
+        """Have frames arrive here, or on the other queues only. Raises OSError."""
+        flag = IFF_ATTACH_QUEUE if on else IFF_DETACH_QUEUE
+        try:
+            ioctl(self.fd, TUNSETQUEUE, pack("16xH22x", flag))
+        except OSError as err:
+            if err.errno != errno.EINVAL:  # so it is already: a predecessor may have left it so
+                raise
 
     def drain(self) -> None:
         """Throw away the frames that wait to be read."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 from struct import pack, pack_into, unpack_from
 from typing import TYPE_CHECKING, Any, Final
 
+from config.errors import ConfigError
 from devices.features import F_VERSION_1
 from devices.vhostask import RefusedError
 from devices.vhostwire import P_CONFIG, P_INFLIGHT_SHMFD, P_MQ
@@ -58,6 +59,26 @@ class Face:
         self.keeps_books = False
         #: What the driver has written to the configuration since its reset, by offset.
         self.written: dict[int, bytes] = {}
+
+    def save(self) -> dict[str, Any]:
+        """Return everything as plain JSON values."""
+        return {
+            "offered": self.offered,
+            "features": self.features,
+            "queues": self.queues,
+            "config": self.config.hex(),
+            "keeps_books": self.keeps_books,
+            "written": [(offset, data.hex()) for offset, data in self.written.items()],
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Become what `save` described. Raises ConfigError if there cannot be so many queues."""
+        self.offered, self.features = int(state["offered"]), int(state["features"])
+        self.queues, self.keeps_books = int(state["queues"]), bool(state["keeps_books"])
+        if not 0 <= self.queues <= self._settings["queues"]:
+            raise ConfigError(f"{self.queues} queues")
+        self.config = bytes.fromhex(state["config"])
+        self.written = {int(offset): bytes.fromhex(data) for offset, data in state["written"]}
 
     def meet(self, link: FrontEnd) -> None:
         """Look at a back end that has been negotiated with. Raises RefusedError if it will not do.

@@ -51,6 +51,11 @@ class Pairs:
         """Whether a queue is the back end's."""
         return index < min(self.index, 2 * self._most)
 
+    def adopt(self, queue: VirtQueue) -> None:
+        """Answer the commands that a killed predecessor had popped."""
+        for chain in queue.resubmit():
+            self._control.answer(queue, chain)
+
     def serve(self, index: int, queue: VirtQueue) -> bool:
         """Answer the control queue. Raises GuestError."""
         return index == self.index and self._control.serve(index, queue)

@@ -68,7 +68,7 @@ class BackEnd:
     """Who serves a device, or nobody. For one thread."""
 
     def __init__(self, host: Host, face: Face, name: str, socket_fd: int) -> None:
-        """Take over the socket of the first one; `begin` meets it."""
+        """Take over the socket of the first one, which `begin` meets; -1: one comes later."""
         self.name = name
         #: Has the queues served, by a back end that serves none yet.
         self.run: Callable[[], None] = lambda: None
@@ -78,7 +78,7 @@ class BackEnd:
         self.count = 0
         self._host, self._face = host, face
         self._link: FrontEnd | None = None
-        self._next: socket.socket | None = socket.socket(fileno=socket_fd)
+        self._next = socket.socket(fileno=socket_fd) if socket_fd >= 0 else None
         self._soon = host.timer(self._catch_up)
         self._patience = Patience()
         self._news = False  # the configuration has changed, it says

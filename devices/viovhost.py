@@ -36,9 +36,10 @@ from devices.eventfds import signal_if_room
 from devices.features import F_EVENT_IDX, F_IN_ORDER, F_INDIRECT_DESC, F_RING_RESET, F_VERSION_1
 from devices.nethdr import NET_F_CTRL_VQ, NET_F_MQ
 from devices.vhostask import RefusedError
-from devices.vhostfront import InflightArea, MemoryRegion, Ring
+from devices.vhostfront import Ring
 from devices.vhostlook import Face
 from devices.vhostpairs import CONTROL_SIZE, Pairs
+from devices.vhostparts import HVA, Kept, Part, regions
 from devices.vhostpeer import BackEnd
 from devices.vhostshadow import STRIDE, USED_AT, Shadow
 from devices.vhostwire import P_INFLIGHT_SHMFD, P_RESET_DEVICE, P_STATUS, Front, PeerError
@@ -53,8 +54,6 @@ if TYPE_CHECKING:
 PAUSE: Final = 1.5  # seconds for a pause: the VM process waits 2 s
 BATCH: Final = 64  # chains popped together
 BUDGET: Final = 256  # chains of one wake-up
-HVA: Final = 1 << 44  # added to a GPA: the addresses by which rings are named, nobody's else
-_HUGE: Final = 1 << 21
 _NET: Final = 1  # virtio device id
 
 _STATUS: Final = 1 | 2 | 8  # ACKNOWLEDGE, DRIVER, FEATURES_OK
@@ -71,26 +70,16 @@ class GivingHost(Host, Protocol):
 def create(
     settings: Mapping[str, Any], fds: dict[str, int], memory: GuestMemory, host: GivingHost
 ) -> Viovhost:
-    """Make the device on the connected socket `peer`, and keep `memory`; `rings` is a file.
+    """Make the device on the connected socket `peer`, and keep `memory`.
+
+    `rings` and `area` are files of shared memory. Without `peer` this process takes the place of
+    one that was killed, and is given a socket as one whose back end has gone.
 
     Settings are those of vmm/peers.py: `queues` is how many there are to be, `least` how many the
     back end must have unless that is `exact`, `in_order` that it completes all in order.
     """
-    return Viovhost(memory, host, settings, {n: fds.pop(n) for n in ("peer", "memory", "rings")})
-
-
-class _Queue:
-    """What belongs to one queue, whether it is live or not."""
-
-    def __init__(self, shadow: Shadow) -> None:
-        self.shadow = shadow
-        # Eventfds that only the back end and this process have.
-        flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
-        self.kick, self.call = os.eventfd(0, flags), os.eventfd(0, flags)
-        self.given = (-1, -1)  # the driver's kicks and calls, where queues are not relayed
-        self.base = 0  # where the back end is to start
-        self.started = False
-        self.fresh = True  # nothing can have been missed: it has not run since the driver's start
+    names = "peer", "memory", "rings", "area"
+    return Viovhost(memory, host, settings, {name: fds.pop(name, -1) for name in names})
 
 
 class Viovhost(Device):
@@ -105,7 +94,7 @@ class Viovhost(Device):
         settings: Mapping[str, Any],
         fds: Mapping[str, int],
     ) -> None:
-        """Take over the descriptors `peer`, `memory` and `rings`."""
+        """Take over the descriptors `peer`, `memory`, `rings` and `area`."""
         super().__init__(memory, host)
         self._settings = settings
         self._name: str = settings["path"]
@@ -117,22 +106,24 @@ class Viovhost(Device):
         size = STRIDE * count
         area = memoryview(mmap.mmap(fds["rings"], size))
         self._parts = [
-            _Queue(Shadow(area[STRIDE * i : STRIDE * (i + 1)], self._name)) for i in range(count)
+            Part(Shadow(area[STRIDE * i : STRIDE * (i + 1)], self._name)) for i in range(count)
         ]
         self._err = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._relays = True
         self._msix = self._paused = False
         self._served = False  # the back end knows features and memory, and has the queues
-        self._area: InflightArea | None = None
+        self._kept = Kept(fds["area"], count)
+        self._resumes, self._pairs_used = False, 1
         self._driver_features = 0
         self._queues: Sequence[VirtQueue | None] = ()
-        self._regions = _regions(memory, fds["memory"], fds["rings"], size)
+        self._regions = regions(memory, fds["memory"], fds["rings"], size)
 
     def begin(self) -> None:
         """Meet the back end for the first time; what it is then, it has to be ever after."""
-        self._peer.begin()
-        self.totals[0] = self._peer.count
-        face = self._face
+        self._peer.count, face = self.totals[0], self._face
+        if not face.queues:
+            self._peer.begin()
+            self.totals[0] = self._peer.count
         self.features = face.features
         if self._pairs is None:
             self.queue_sizes = self.queue_sizes[: face.queues]
@@ -187,7 +178,28 @@ class Viovhost(Device):
             part.base, part.fresh = 0, True
         if self._pairs is not None:
             self._pairs.begin(features)
+        if self._resumes:
+            self._resumes = False
+            self._adopt()
         self._run()
+
+    def _adopt(self) -> None:
+        """Find out where a killed predecessor's queues are."""
+        if self._pairs is not None:
+            self._pairs.used = self._pairs_used
+            control = self._live(self._pairs.index)
+            if control is not None:
+                self._pairs.adopt(control)
+        for index, part in enumerate(self._parts):
+            queue = self._live(index)
+            if queue is None or (self._pairs is not None and not self._pairs.has(index)):
+                continue
+            part.fresh = False
+            if self._relays:
+                chains = queue.resubmit()
+                part.shadow.outstanding = {chain.head: chain.writable_bytes for chain in chains}
+            else:
+                part.base = self._used_index(queue)
 
     def queue_enabled(self, index: int) -> None:
         """Hand over one queue more."""
@@ -212,7 +224,7 @@ class Viovhost(Device):
             self._peer.attempt(self._forget)
         for part in self._parts:
             part.shadow.reset()
-        self._drop_area()
+        self._kept.area = None
         self._face.written.clear()
         if self._pairs is not None:
             self._pairs.end()
@@ -254,6 +266,32 @@ class Viovhost(Device):
         self._peer.take(fd)
         return True
 
+    def remember(self) -> dict[str, Any]:
+        """Return what the back end was found to be, and what the driver has chosen."""
+        return {
+            "face": self._face.save(),
+            "msix": self._msix,
+            "area": self._kept.save(),
+            "pairs": self._pairs.used if self._pairs is not None else 0,
+        }
+
+    def recall(self, state: dict[str, Any]) -> None:
+        """Be for the driver what the predecessor was."""
+        self._face.load(state["face"])
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on for it, with whatever back end comes next."""
+        if "face" not in state:
+            return
+        self._resumes, self._msix = True, bool(state["msix"])
+        self._pairs_used = min(max(int(state["pairs"]), 1), len(self._parts) // 2)
+        self._kept.load(state["area"])
+        self.host.tell("peer-lost")
+
+    def take_over(self) -> None:
+        """Go on when there is a back end."""
+        self._paused = False
+
     def _lost(self) -> None:
         """The back end is gone: take what it had done, and find out where the next has to start."""
         self._served = False
@@ -264,8 +302,12 @@ class Viovhost(Device):
                     with suppress(PeerError):
                         self._collect(index)
                 else:
-                    part.base = int.from_bytes(self.memory.read(queue.areas[2] + 2, 2), "little")
+                    part.base = self._used_index(queue)
             part.started = False
+
+    def _used_index(self, queue: VirtQueue) -> int:
+        """Return where its used ring ends."""
+        return int.from_bytes(self.memory.read(queue.areas[2] + 2, 2), "little")
 
     # Its queues.
 
@@ -280,15 +322,19 @@ class Viovhost(Device):
 
     def _start(self, link: FrontEnd) -> None:
         features = self._driver_features & link.features
+        if self._pairs is not None:
+            features &= ~NET_F_CTRL_VQ  # that queue is ours: nobody else shall wait for commands
         link.accept(features)
         link.share(self._regions)
         if link.protocol & P_STATUS:
             link.set_status(_STATUS)
         if not self._relays and link.protocol & P_INFLIGHT_SHMFD:
-            if self._area is None:
+            area = self._kept.area
+            if area is None:
                 size = max((queue.size for queue in self._queues if queue), default=1)
-                self._area = link.get_inflight(self._face.queues, size)
-            link.set_inflight(self._area)
+                area = self._kept.make(link, self._face.queues, size)
+                self.host.checkpoint()
+            link.set_inflight(area)
         for index in range(self._face.queues):
             self._start_queue(index, link)
         if link.protocol & P_STATUS:
@@ -307,8 +353,9 @@ class Viovhost(Device):
             avail = self._regions[-1].hva + STRIDE * index
             used, kick, base = avail + USED_AT, part.kick, 0
         ring = Ring(queue.size, base, desc, avail, used)
-        link.start_queue(index, ring, kick=kick, call=self._call_fd(part), err=self._err)
+        # Enabled first: what waits in a queue that starts disabled may be thrown away.
         link.enable_queue(index, on=self._pairs is None or index < 2 * self._pairs.used)
+        link.start_queue(index, ring, kick=kick, call=self._call_fd(part), err=self._err)
         part.started = True
         if not part.fresh:
             # Its predecessor may have been killed before a call, and after it had taken a kick.
@@ -344,6 +391,7 @@ class Viovhost(Device):
                 if part.started and self._pairs is not None:
                     link.enable_queue(index, on=index < 2 * self._pairs.used)
 
+        self.host.checkpoint()
         self._peer.attempt(choose)
 
     def _forget(self, link: FrontEnd) -> None:
@@ -352,15 +400,10 @@ class Viovhost(Device):
         elif link.protocol & P_STATUS:
             link.set_status(0)
 
-    def _call_fd(self, part: _Queue) -> int:
+    def _call_fd(self, part: Part) -> int:
         """Return where the back end is to call."""
         direct = not self._relays and self._msix and part.given[1] >= 0
         return part.given[1] if direct else part.call
-
-    def _drop_area(self) -> None:
-        if self._area is not None:
-            os.close(self._area.fd)
-            self._area = None
 
     # What passes through here.
 
@@ -406,14 +449,3 @@ class Viovhost(Device):
         if self._queues:
             self._peer.attempt(self._stop)
             raise GuestError(f"{self._name} reports a broken queue")
-
-
-def _regions(memory: GuestMemory, memory_fd: int, rings_fd: int, size: int) -> list[MemoryRegion]:
-    """Return what the back end may reach: guest memory, and rings behind it."""
-    shared = [
-        MemoryRegion(gpa, size, HVA + gpa, offset, memory_fd)
-        for gpa, size, offset in memory.regions
-    ]
-    end = max((region.gpa + region.size for region in shared), default=0)
-    gpa = -(-end // _HUGE) * _HUGE
-    return [*shared, MemoryRegion(gpa, size, HVA + gpa, 0, rings_fd)]

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import pytest
@@ -45,14 +45,14 @@ class Programs:
         """Return the path of a program's socket."""
         return f"{self._directory}/{name}.sock"
 
-    def start(self, name: str, *command: str) -> None:
-        """Start a program and wait until it listens."""
+    def start(self, name: str, *command: str, fds: Sequence[int] = ()) -> None:
+        """Start a program, which inherits `fds`, and wait until it listens."""
         if not shutil.which(command[0]):
             pytest.skip(f"{command[0]} is not installed")
         path = self.socket(name)
         if os.path.exists(path):
             os.unlink(path)
-        self._running[name] = subprocess.Popen(command, cwd=TREE)
+        self._running[name] = subprocess.Popen(command, cwd=TREE, pass_fds=fds)
         wait_until(lambda: listens(path), f"{name} listens")
 
     def disk(self, image: str) -> None:

@@ -24,7 +24,7 @@ from tests import escape
 from tests.vhostpeer import VhostPeer
 from tests.vionetlab import SETTINGS as NET_SETTINGS
 from tools.viodriver.private import DeviceHost, shared_spawner
-from vmm.peers import place
+from vmm.peers import files, place
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -161,15 +161,15 @@ class Prison:
         peer = VhostPeer()
         peer.serve(theirs)
         self._parts.callback(peer.close)
-        rings = os.memfd_create("rings")
+        kept = files(1)
         try:
-            os.ftruncate(rings, 1 << 16)
-            fds = {"peer": mine.fileno(), "rings": rings}
+            fds = {"peer": mine.fileno(), **kept}
             return DeviceHost(
                 VHOST, settings, spawner=self.spawner, memory_size=1 << 20, fds=fds, queues=1
             )
         finally:
-            os.close(rings)
+            for fd in kept.values():
+                os.close(fd)
             mine.close()
 
     def _make_outside(self) -> Outside:

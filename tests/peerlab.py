@@ -22,7 +22,6 @@ from devices import vhostwire
 from devices.guestmem import GuestMemory
 from devices.spec import VHOST, VhostKind
 from devices.vhostmem import Regions
-from devices.vhostshadow import STRIDE
 from devices.vhostwire import (
     MEM_REGION,
     MEM_TABLE,
@@ -37,7 +36,7 @@ from devices.viodev import ImsgType
 from devices.virtqueue import Chain, QueueState, VirtQueue, open_queue
 from tests.vhostpeer import VhostPeer
 from tools.viodriver.private import DEADLINE, DeviceHost
-from vmm.peers import place
+from vmm.peers import files, place
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -70,14 +69,13 @@ class PeerLab:
         made = place("dev", "/peer", kind, queues, exact=True, **(own or {}))
         self.settings = made.settings | settings
         ours, theirs = socket.socketpair()
-        rings = os.memfd_create("rings")
-        os.ftruncate(rings, STRIDE * self.settings["queues"])
+        self.kept = files(self.settings["queues"])
         self.peer.serve(theirs)
         try:
             self.host = DeviceHost(
                 VHOST,
                 self.settings,
-                fds={"peer": ours.fileno(), "rings": rings},
+                fds={"peer": ours.fileno(), **self.kept},
                 queues=made.queues,
                 irqfd=irqfd,
                 jail=jail,
@@ -86,7 +84,6 @@ class PeerLab:
             self.peer.close()
             raise
         finally:
-            os.close(rings)
             ours.close()
         #: The back end's side of each queue, after open().
         self.back: list[VirtQueue] = []
@@ -103,7 +100,7 @@ class PeerLab:
     ) -> None:
         self.host.close()
         self.peer.close()
-        for fd in self.areas:
+        for fd in (*self.areas, *self.kept.values()):
             os.close(fd)
 
     def open(self, features: int = 0) -> list[VirtQueue]:

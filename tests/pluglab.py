@@ -35,6 +35,7 @@ from vmm.interrupts import CONFIG
 from vmm.irq import Router
 from vmm.launch import Spawner
 from vmm.pci import PciBus
+from vmm.peers import Peers
 from vmm.plug import Devices
 
 if TYPE_CHECKING:
@@ -61,11 +62,13 @@ class PlugLab(VirtioDriver):
         irqfd: bool = True,
         kicks: bool = True,
         queue_pairs: bool = False,
+        peers: bool = False,
         **config: Any,
     ) -> None:
         """Launch the VM's devices; `config` is more of its VmConfig, `name` that of the device.
 
         Without `irqfd` interrupts come as messages, without `kicks` those are register writes.
+        `peers`: some of the devices are other programs'.
         """
         self.name, self.nr_queues = name, nr_queues
         self.lost = ""
@@ -73,14 +76,15 @@ class PlugLab(VirtioDriver):
         self.said: list[str] = []
         self._irqfd, self._rings = irqfd, kicks
         self._kicked: list[int] = []  # sources of interrupts that came as messages
-        self._config = {"vmmci": VmmciConfig(enabled=False), **config}
+        config = {"vmmci": VmmciConfig(enabled=False), **config}
+        self._config = VmConfig("test", BootConfig(), **config)
         self.memory_fd = make_memfd(MEMORY)
         self.memory = GuestMemory(self.memory_fd, (Region(0, MEMORY, 0),))
+        self._loop, self._parts = Loop(), ExitStack()
+        self._peers = Peers(self._config, "off", self._parts, self._loop) if peers else None
         self._spawner = Spawner("test", "best-effort", queue_pairs=queue_pairs)
-        self._loop = Loop()
         self._thread = threading.Thread(target=self._loop.run)
         self._thread.start()
-        self._parts = ExitStack()
         try:
             self.on_loop(lambda: self._plug(network))
         except BaseException:
@@ -101,22 +105,28 @@ class PlugLab(VirtioDriver):
             irqfds=self._irqfd,
         )
         self.devices = Devices(
-            VmConfig("test", BootConfig(), **self._config),
+            self._config,
             machine,  # type: ignore[arg-type]  # what devices need of one
             self._loop,
             self._spawner,
             network,
+            peers=self._peers,
             died=self._died,
             parts=self._parts,
         )
         self.devices.on_replaced = self._replaced
-        self.devices.on_event = lambda _name, word: self.said.append(word)
+        self.devices.on_event = self._said
         if not self._irqfd:
             self.devices._devices[self.name].channel.on_kick = self._kicked.append
 
     def _died(self, name: str, how: str) -> None:
         if name == self.name:
             self.lost = how
+
+    def _said(self, name: str, word: str) -> None:
+        self.said.append(word)
+        if self._peers is not None:
+            self._peers.said(name, word)
 
     def _replaced(self, name: str, how: str) -> None:
         if name == self.name:

@@ -13,6 +13,7 @@ A back end that has served longer than the wait before it starts again with the 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from functools import partial
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 
 _LOST: Final = (0.1, 2.0)  # seconds: first and longest wait
 _BAD: Final = (1.0, 60.0)
-_RINGS: Final = 0x4000  # bytes per queue of the rings that device processes keep (vhostshadow)
+#: Bytes per queue of what outlives a device process: rings (vhostshadow), in-flight area.
+_FILES: Final = {"rings": 0x4000, "area": 0x10000}
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _QUEUE_SIZE: Final = 256
 _UP, _GONE, _SENT_AWAY = "peer-up", "peer-lost", "peer-bad"
 WORDS: Final = (_UP, _GONE, _SENT_AWAY)
@@ -106,16 +109,15 @@ class Peers:
         except PyvmError as err:
             err.device = name
             raise
-        # The device process has a copy; this one must not keep the connection open.
         self._parts.callback(_close, peer.fds)
-        peer.fds["rings"] = rings = os.memfd_create("rings", os.MFD_CLOEXEC)
-        os.ftruncate(rings, _RINGS * peer.place.settings["queues"])
+        peer.fds |= files(peer.place.settings["queues"])
         return peer
 
     def begin(self) -> None:
         """The device processes are there, and the loop is about to run."""
         for peer in self._peers:
-            _close(peer.fds)
+            # The device process has a copy; this one must not keep the connection open.
+            os.close(peer.fds.pop("peer"))
             peer.timer = self._loop.timer(partial(self._connector.ask, peer.number))
             self._parts.callback(peer.timer.close)
         self._connector.watch(self._loop)
@@ -154,6 +156,16 @@ class Peers:
             # A device that is lost needs none; one that has a connection, neither.
         finally:
             os.close(fd)
+
+
+def files(queues: int) -> dict[str, int]:
+    """Return what outlives a process for a device with so many queues. Raises OSError."""
+    made: dict[str, int] = {}
+    for name, size in _FILES.items():
+        made[name] = fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, size * queues)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    return made
 
 
 def _close(fds: dict[str, int]) -> None:

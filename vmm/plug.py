@@ -2,8 +2,9 @@
 
     vm.yaml ─► one row per device ─► channel, eventfds, PCI function ─► order ─► spawner ─► process
 
-When a process dies another one takes its place (`vmm/lasting.py`). Where none can, the device
-stays on the bus: its registers read as all-ones, the VM lives on, and `status` says so.
+When a process dies another one takes its place (`vmm/lasting.py`). Where one after another dies
+at once the device is lost, and stays on the bus: its registers read as all-ones, the VM lives on,
+and `status` says so.
 """
 
 from __future__ import annotations
@@ -66,9 +67,8 @@ class Device:
         self.counters = Counters(row.kind, row.processes)
         self.channel.is_busy = self.counters.busy
         self.others: Pairs | None = None
-        self.lasting = Lasting(row.name, row.queues) if row.lasts else None
-        if self.lasting is not None:
-            self.channel.handled = self.lasting.handled
+        self.lasting = Lasting(row.name, row.queues)
+        self.channel.handled = self.lasting.handled
         if row.processes > 1:
             from vmm.netpairs import Hand, Pairs  # 1 ms, which most VMs do not spend
 
@@ -100,9 +100,7 @@ class Device:
         `settings` go to its first process, beside the device's. Raises HostError.
         """
         interrupts = self.function.interrupts
-        fds, settings = dict(self.row.fds), dict(settings)
-        if self.lasting is not None:
-            fds |= self.lasting.fds
+        fds, settings = {**self.row.fds, **self.lasting.fds}, dict(settings)
         if (config := interrupts.call_fd(CONFIG)) is not None:
             fds["callc"] = config
         if interrupts.resample_fd is not None:
@@ -165,8 +163,7 @@ class Device:
             self.others.close()
         self.channel.shut_down()
         self.channel.close()
-        if self.lasting is not None:
-            self.lasting.close()
+        self.lasting.close()
         self.function.interrupts.close()
         self.counters.close()
         for kick in self._kicks:
@@ -207,8 +204,7 @@ class Devices:
             failed, hand = partial(self._failed, row.name), partial(self._hand, row.name)
             device = Device(row, config, machine, loop, failed=failed, spawner=spawner, hand=hand)
             device.channel.on_event = partial(self._said, row.name)
-            if device.lasting is not None:
-                device.channel.revive = partial(self._revive, device)
+            device.channel.revive = partial(self._revive, device)
             parts.callback(device.close)
             self._devices[row.name] = device
         waits = [device.launch(spawner) for device in self._devices.values()]
@@ -232,7 +228,7 @@ class Devices:
                 "reason": device.lost,
                 "messages": device.channel.messages,
                 "counters": device.counters.read(),
-                **({"lives": device.lasting.lives} if device.lasting else {}),
+                "lives": device.lasting.lives,
                 **({"pairs": device.others.facts()} if device.others else {}),
                 **device.row.facts,
                 **self._network(device),
@@ -305,7 +301,7 @@ class Devices:
             try:
                 return channel.call(what, data, fd)
             except ChannelError:
-                if device.lasting is None or not self._revive(device):
+                if not self._revive(device):
                     raise
                 if channel.generation == generation:  # it is busy
                     raise
@@ -313,7 +309,7 @@ class Devices:
 
     def _tell(self, what: ImsgType) -> None:
         for device in self._devices.values():
-            if device.channel.alive or device.lasting is not None:
+            if not device.lost:
                 try:
                     self._call(device, what)
                 except ChannelError as err:  # _failed() knows
@@ -339,17 +335,13 @@ class Devices:
         if device.process is not None:
             device.process.cause = device.process.cause or why
             device.process.kill()  # its end comes back as _ended()
-        if device.lasting is not None:
-            self._revive(device)
+        self._revive(device)
 
     def _ended(self, process: DeviceProcess) -> None:
         """A device process has ended unasked; its parent has told us how."""
         device = self._devices.get(process.name)
         if device is None:
             any(one.others.ended(process) for one in self._devices.values() if one.others)
-            return
-        if device.lasting is None:
-            self._lost(device, process, process.end)
             return
         if process is device.process:
             device.channel.hang_up()
@@ -369,12 +361,12 @@ class Devices:
         self._died(device.name, device.lost)
 
     def _revive(self, device: Device) -> bool:
-        """Have new processes take the place of a lasting device's, if the first one has died.
+        """Have new processes take the place of a device's, if the first one has died.
 
         Returns whether there is one.
         """
         lasting, old = device.lasting, device.process
-        if lasting is None or old is None or device.lost or device.channel.alive:
+        if old is None or device.lost or device.channel.alive:
             return device.channel.alive
 
         def launch() -> None:

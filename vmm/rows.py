@@ -43,11 +43,6 @@ class Row(NamedTuple):
         return self.other or SPECS[self.kind]
 
     @property
-    def lasts(self) -> bool:
-        """Whether another process goes on when one is killed."""
-        return self.kind != VHOST
-
-    @property
     def processes(self) -> int:
         """How many serve it: one for each queue of a tap, else one for all."""
         return max(sum(name.startswith("tap") for name in self.fds), 1)

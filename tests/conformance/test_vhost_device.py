@@ -80,7 +80,7 @@ def test_a_request_and_its_answer(lab: PeerLab) -> None:
 
 
 def test_what_is_told_when_the_driver_is_ready(lab: PeerLab) -> None:
-    """Features, memory, queue, in this order; and the queue is enabled last."""
+    """Features, memory, queue, in this order; and the kick that starts the queue comes last."""
     [queue] = lab.host.start(F_EVENT_IDX)
     heard = [r for r in lab.peer.requests() if r not in (Front.GET_CONFIG, Front.GET_FEATURES)]
     start = heard.index(Front.SET_FEATURES)
@@ -88,13 +88,13 @@ def test_what_is_told_when_the_driver_is_ready(lab: PeerLab) -> None:
     assert told == [
         Front.SET_FEATURES,
         Front.SET_MEM_TABLE,
+        Front.SET_VRING_ENABLE,
         Front.SET_VRING_NUM,
         Front.SET_VRING_BASE,
         Front.SET_VRING_ADDR,
         Front.SET_VRING_ERR,
         Front.SET_VRING_CALL,
         Front.SET_VRING_KICK,
-        Front.SET_VRING_ENABLE,
     ]
     agreed = F_VERSION_1 | F_EVENT_IDX | F_PROTOCOL_FEATURES
     assert lab.peer.payload(Front.SET_FEATURES) == U64.pack(agreed)
@@ -268,7 +268,7 @@ def test_reset_of_one_queue() -> None:
         told = lab.peer.heard[before:]
         assert told[0][:2] == (Front.GET_VRING_BASE, pack("<II", 1, 0))
         assert {payload[0] for _, payload, _ in told} == {1}
-        assert told[-1][0] == Front.SET_VRING_ENABLE
+        assert told[-1][0] == Front.SET_VRING_KICK
 
 
 def test_a_broken_queue(lab: PeerLab) -> None:

@@ -78,7 +78,7 @@ def test_what_was_in_flight_is_served_by_the_next(lab: PeerLab) -> None:
         lab.connect()
         assert lab.peer.payload(Front.SET_INFLIGHT_FD) == area == INFLIGHT.pack(0x1000, 0, 1, 16)
         assert lab.peer.requests().count(Front.GET_INFLIGHT_FD) == 1
-        assert os.path.sameopenfile(lab.peer.fds[Front.SET_INFLIGHT_FD, 0], lab.areas[0])
+        assert os.path.sameopenfile(lab.peer.fds[Front.SET_INFLIGHT_FD, 0], lab.kept["area"])
         assert lab.told(Front.SET_VRING_BASE, 0) == pack("<II", 0, 1)  # the used index
         return
     chains[1].writable[0][:] = b"B"
