@@ -127,7 +127,16 @@ SPECS: Final = {
             "viornd", 4, 0x1005, 0xFF0000, (64,), 0, counters=("read_requests", "read_bytes")
         ),
         # Two descriptors: the disc in the drive, and the one that takes its place.
-        DeviceSpec("vioscsi", 8, 0x1004, 0x010000, (128, 128, 128), 36, descriptors=2),
+        DeviceSpec(
+            "vioscsi",
+            8,
+            0x1004,
+            0x010000,
+            (128, 128, 128),
+            36,
+            descriptors=2,
+            counters=("requests", "read_bytes"),
+        ),
         # Not virtio's but vmd's; the same registers (reference §d.1, §e.6).
         DeviceSpec("vmmci", 0xFFFF, 0x0777, 0x078000, (), 20, vendor=VMD_VENDOR, legacy_only=True),
         # Any device, served by another program; `vhost_spec` says which. The descriptors are a

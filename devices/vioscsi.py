@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from devices.virtqueue import VirtQueue
 
 CONTROLQ, EVENTQ, REQUESTQ = range(3)
+_REQUESTS, _BYTES = range(2)  # counters
 
 BUDGET: Final = 4 << 20  # bytes per wake-up, about 1 ms from the page cache
 REQUEST_COST: Final = 4096  # bytes: what a request counts for beside its own
@@ -179,6 +180,7 @@ class Vioscsi(Device):
                 chain = self._next(index, queue)
                 if chain is not None:
                     left -= self._once.do(index, queue, chain, serve) + REQUEST_COST
+                    self.totals[_REQUESTS] += 1
                 elif not queue.enable_kicks():
                     return False
         finally:
@@ -232,6 +234,7 @@ class Vioscsi(Device):
             except CheckError as err:
                 status, done = CHECK_CONDITION, err.transferred
                 sense = err.sense.fixed()[:sense_size]
+        self.totals[_BYTES] += done
         answer = RESPONSE.pack(len(sense), out + room - done, 0, status, response)
         spread.fill(chain.writable, answer + sense.ljust(sense_size, b"\0"))
         return response_size + done

@@ -348,6 +348,18 @@ def test_discs_change_while_processes_are_killed(tmp_path: Path) -> None:
         assert [link for link in links if link.endswith(".img")] == [str(paths[DISC])]
 
 
+def test_however_often_one_that_works_is_killed(tmp_path: Path) -> None:
+    """Processes that have done something are not given up, and count on."""
+    paths = burn(tmp_path)
+    with PlugDisc(paths[DISC], RING) as lab:
+        for _ in range(30):
+            lab.wait_life(0, lab.kill())
+            assert lab.read_disc() == DISC
+        counted = lab.page.read()
+        assert counted["requests"] >= 61  # one of them told of the power-on
+        assert counted["read_bytes"] >= 30 * len(DISC)
+
+
 def test_a_lock_outlives_processes(tmp_path: Path) -> None:
     """Only force takes the disc of a guest that has locked it, and was killed for."""
     paths = burn(tmp_path)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from config.errors import HostError
+from devices.viodev import ChannelError
 from tests.descriptors import count_before
-from vmm.cdrom import Drive
+from vmm.cdrom import KEPT_MAX, Drive
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,3 +56,55 @@ def test_a_disc_that_the_device_refuses_is_let_go(disc: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
     assert drive.facts["medium"] == str(disc)
     drive.close()
+
+
+def busy(*_request: Any) -> None:
+    """Answer as a channel whose device does not."""
+    raise ChannelError("vioscsi: is busy")
+
+
+def test_what_became_of_an_insert_is_told_later(disc: Path) -> None:
+    """Until then both discs are there for the next process; an old word is about the old one."""
+    drive = Drive(str(disc))
+    drive.send = busy
+    with pytest.raises(ChannelError):
+        drive.insert(drive.fds["disc1"], "other.iso", force=False)
+    drive.said("locked 1")
+    assert (list(drive.fds), drive.facts["medium"]) == (["disc1", "disc2"], str(disc))
+    drive.said("closed 2")
+    assert (list(drive.fds), drive.facts["medium"]) == (["disc2"], "other.iso")
+    with pytest.raises(ChannelError):
+        drive.eject(force=False)
+    assert (list(drive.fds), drive.facts["medium"]) == (["disc2"], "other.iso")
+    drive.said("open 0")
+    assert (list(drive.fds), drive.facts["medium"]) == ([], None)
+
+
+def test_an_answer_settles_what_was_open(disc: Path) -> None:
+    """It is about all that was done before, too; and there is an end to what is kept."""
+    drive = Drive(str(disc))
+    drive.send = busy
+    for _ in range(KEPT_MAX):
+        with pytest.raises(ChannelError):
+            drive.insert(drive.fds["disc1"], "other.iso", force=False)
+    with pytest.raises(HostError, match="what became of the discs"):
+        drive.insert(drive.fds["disc1"], "other.iso", force=False)
+    assert len(drive.fds) == 1 + KEPT_MAX
+    drive.send = lambda *_: {"tray_open": False, "locked": False, "disc": 3}
+    drive.load()
+    assert (list(drive.fds), drive.facts["medium"]) == (["disc3"], "other.iso")
+    drive.close()
+    assert drive.fds == {}
+
+
+@pytest.mark.parametrize(
+    "word", ["", "closed", "closed x", "ajar 1", "1", "closed -1", "closed 1 1"]
+)
+def test_a_word_that_means_nothing(disc: Path, word: str) -> None:
+    """It changes nothing."""
+    drive = Drive(str(disc))
+    before = dict(drive.facts)
+    drive.said(word)
+    assert (drive.facts, list(drive.fds)) == (before, ["disc1"])
+    drive.said("closed " + "9" * 20)
+    assert (drive.facts["medium"], drive.fds) == (None, {})
