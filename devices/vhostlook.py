@@ -51,6 +51,7 @@ class Face:
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._settings = settings
+        self.most: int = settings["queues"]  #: how many there may be
         self.offered = 0  #: by the first back end: virtio features
         self.features = 0  #: bits of this class of device, as the driver is offered them
         self.queues = 0  #: how many there are; the back end may have more

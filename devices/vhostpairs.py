@@ -51,10 +51,11 @@ class Pairs:
         """Whether a queue is the back end's."""
         return index < min(self.index, 2 * self._most)
 
-    def adopt(self, queue: VirtQueue) -> None:
+    def adopt(self, queue: VirtQueue | None) -> None:
         """Answer the commands that a killed predecessor had popped."""
-        for chain in queue.resubmit():
-            self._control.answer(queue, chain)
+        if queue is not None:
+            for chain in queue.resubmit():
+                self._control.answer(queue, chain)
 
     def serve(self, index: int, queue: VirtQueue) -> bool:
         """Answer the control queue. Raises GuestError."""

@@ -34,6 +34,10 @@ class Part:
         self.started = False
         self.fresh = True  # nothing can have been missed: it has not run since the driver's start
 
+    def renew(self) -> None:
+        """Begin anew, with a queue that has not run."""
+        self.base, self.fresh = 0, True
+
 
 class Kept:
     """The in-flight area of all queues, in a file that outlives this process and any back end.

@@ -23,26 +23,21 @@ Words:  peer-up  peer-lost (it is gone)  peer-bad (it is sent away)
 
 from __future__ import annotations
 
-import mmap
-import os
-from contextlib import suppress
 from functools import partial
 from select import EPOLLET, EPOLLIN
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 from config.errors import GuestError
-from devices.device import INFO, WARNING, Device, Host
+from devices.device import INFO, WARNING, Device
 from devices.eventfds import signal_if_room
 from devices.features import F_EVENT_IDX, F_IN_ORDER, F_INDIRECT_DESC, F_RING_RESET, F_VERSION_1
 from devices.nethdr import NET_F_CTRL_VQ, NET_F_MQ
 from devices.vhostask import RefusedError
-from devices.vhostfront import Ring
+from devices.vhosthand import GivingHost, Handover
 from devices.vhostlook import Face
 from devices.vhostpairs import CONTROL_SIZE, Pairs
-from devices.vhostparts import HVA, Kept, Part, regions
 from devices.vhostpeer import BackEnd
-from devices.vhostshadow import STRIDE, USED_AT, Shadow
-from devices.vhostwire import P_INFLIGHT_SHMFD, P_RESET_DEVICE, P_STATUS, Front, PeerError
+from devices.vhostwire import P_RESET_DEVICE, P_STATUS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -55,16 +50,6 @@ PAUSE: Final = 1.5  # seconds for a pause: the VM process waits 2 s
 BATCH: Final = 64  # chains popped together
 BUDGET: Final = 256  # chains of one wake-up
 _NET: Final = 1  # virtio device id
-
-_STATUS: Final = 1 | 2 | 8  # ACKNOWLEDGE, DRIVER, FEATURES_OK
-_DRIVER_OK: Final = 4
-
-
-class GivingHost(Host, Protocol):
-    """A process that can let another one serve its queues."""
-
-    def give(self, index: int) -> tuple[int, int]:
-        """Return the eventfds of a queue's kicks and calls (-1: none); see Process."""
 
 
 def create(
@@ -102,21 +87,10 @@ class Viovhost(Device):
         self.queue_sizes = (settings["queue_size"],) * count + (CONTROL_SIZE,) * bool(self._pairs)
         self._face = Face(settings)
         self._peer = BackEnd(host, self._face, self._name, fds["peer"])
-        self._peer.run, self._peer.lost = self._run, self._lost
-        size = STRIDE * count
-        area = memoryview(mmap.mmap(fds["rings"], size))
-        self._parts = [
-            Part(Shadow(area[STRIDE * i : STRIDE * (i + 1)], self._name)) for i in range(count)
-        ]
-        self._err = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._relays = True
-        self._msix = self._paused = False
-        self._served = False  # the back end knows features and memory, and has the queues
-        self._kept = Kept(fds["area"], count)
+        self._hand = Handover(host, memory, fds, self._face, pairs=self._pairs, name=self._name)
+        self._peer.run, self._peer.lost = self._run, self._hand.lost
+        self._paused = False
         self._resumes, self._pairs_used = False, 1
-        self._driver_features = 0
-        self._queues: Sequence[VirtQueue | None] = ()
-        self._regions = regions(memory, fds["memory"], fds["rings"], size)
 
     def begin(self) -> None:
         """Meet the back end for the first time; what it is then, it has to be ever after."""
@@ -127,26 +101,23 @@ class Viovhost(Device):
         self.features = face.features
         if self._pairs is None:
             self.queue_sizes = self.queue_sizes[: face.queues]
-        self._relays = not (face.keeps_books or self._settings["in_order"])
-        if not self._relays:
-            self._regions.pop()
+        relays = not (face.keeps_books or self._settings["in_order"])
         self.ring_features = F_VERSION_1 | face.offered & (
             F_INDIRECT_DESC | F_EVENT_IDX | F_RING_RESET
         )
-        if not self._relays:
+        if not relays:
             self.ring_features |= face.offered & F_IN_ORDER
             self.in_order = bool(face.offered & F_IN_ORDER)
-            for index in range(face.queues):
-                self._parts[index].given = self.host.give(index)
+            self._hand.go_direct(self.host)
         if self._pairs is not None:
             self.dependencies = ((NET_F_MQ, NET_F_CTRL_VQ),)
-            self._pairs.listen(self._parts[2].given[0], partial(self._live, 2))
+            self._pairs.listen(self._hand.parts[2].given[0], partial(self._hand.live, 2))
         # For edges, and never read: who else has an eventfd may have made it one that blocks.
         for index in range(face.queues):
             called = partial(self._called, index)
-            self.host.watch(self._parts[index].call, called, EPOLLIN | EPOLLET)
-        self.host.watch(self._err, self._broken, EPOLLIN | EPOLLET)
-        how = "queues relayed" if self._relays else "queues direct"
+            self.host.watch(self._hand.parts[index].call, called, EPOLLIN | EPOLLET)
+        self.host.watch(self._hand.err, self._broken, EPOLLIN | EPOLLET)
+        how = "queues relayed" if relays else "queues direct"
         self.host.log(INFO, f"served by {self._name}: {face.describe()}, {how}")
 
     # Configuration space.
@@ -173,58 +144,38 @@ class Viovhost(Device):
 
     def activate(self, features: int, queues: Sequence[VirtQueue | None]) -> None:
         """Hand the queues over, if there is anybody."""
-        self._driver_features, self._queues = features, queues
-        for part in self._parts:
-            part.base, part.fresh = 0, True
+        self._hand.begin(features, queues)
         if self._pairs is not None:
             self._pairs.begin(features)
         if self._resumes:
             self._resumes = False
-            self._adopt()
+            if self._pairs is not None:
+                self._pairs.used = self._pairs_used
+                self._pairs.adopt(self._hand.live(self._pairs.index))
+            self._hand.adopt()
         self._run()
-
-    def _adopt(self) -> None:
-        """Find out where a killed predecessor's queues are."""
-        if self._pairs is not None:
-            self._pairs.used = self._pairs_used
-            control = self._live(self._pairs.index)
-            if control is not None:
-                self._pairs.adopt(control)
-        for index, part in enumerate(self._parts):
-            queue = self._live(index)
-            if queue is None or (self._pairs is not None and not self._pairs.has(index)):
-                continue
-            part.fresh = False
-            if self._relays:
-                chains = queue.resubmit()
-                part.shadow.outstanding = {chain.head: chain.writable_bytes for chain in chains}
-            else:
-                part.base = self._used_index(queue)
 
     def queue_enabled(self, index: int) -> None:
         """Hand over one queue more."""
-        if index >= len(self._parts):
+        if index >= len(self._hand.parts):
             return  # the control queue
-        part = self._parts[index]
-        part.base, part.fresh = 0, True
-        if self._served:
-            self._peer.attempt(partial(self._start_queue, index))
+        self._hand.parts[index].renew()
+        if self._hand.served:
+            self._peer.attempt(partial(self._hand.start_queue, index))
 
     def reset_queue(self, index: int) -> None:
         """Take one queue back."""
-        if index < len(self._parts):
-            self._peer.attempt(partial(self._stop_queue, index))
-            self._parts[index].shadow.reset()
+        if index < len(self._hand.parts):
+            self._peer.attempt(partial(self._hand.stop_queue, index))
+            self._hand.parts[index].shadow.reset()
 
     def reset(self) -> None:
         """Take all queues back, and have the back end forget the driver."""
-        if self._queues:
-            self._queues = ()
-            self._peer.attempt(self._stop)
+        if self._hand.queues:
+            self._hand.queues = ()
+            self._peer.attempt(self._hand.stop)
             self._peer.attempt(self._forget)
-        for part in self._parts:
-            part.shadow.reset()
-        self._kept.area = None
+        self._hand.reset()
         self._face.written.clear()
         if self._pairs is not None:
             self._pairs.end()
@@ -232,7 +183,7 @@ class Viovhost(Device):
     def pause(self) -> None:
         """Take the queues back for now; the back end has finished what it had begun."""
         self._paused = True
-        self._peer.attempt(self._stop, PAUSE)
+        self._peer.attempt(self._hand.stop, PAUSE)
 
     def unpause(self) -> None:
         """Hand them over again, where they were."""
@@ -241,17 +192,9 @@ class Viovhost(Device):
 
     def msix(self, on: bool) -> None:
         """Let the back end interrupt by itself, or see to it that ISR tells of it."""
-        self._msix = on
-        if self._relays:
-            return
-
-        def turn(link: FrontEnd) -> None:
-            for index, part in enumerate(self._parts):
-                if part.started:
-                    link.set_fd(Front.SET_VRING_CALL, index, self._call_fd(part))
-                    self.host.call(index)  # one may have gone where nobody looks any more
-
-        self._peer.attempt(turn)
+        self._hand.msix = on
+        if not self._hand.relays:
+            self._peer.attempt(self._hand.turn_calls)
 
     def close(self) -> None:
         """Hang up."""
@@ -270,8 +213,8 @@ class Viovhost(Device):
         """Return what the back end was found to be, and what the driver has chosen."""
         return {
             "face": self._face.save(),
-            "msix": self._msix,
-            "area": self._kept.save(),
+            "msix": self._hand.msix,
+            "area": self._hand.kept.save(),
             "pairs": self._pairs.used if self._pairs is not None else 0,
         }
 
@@ -283,99 +226,20 @@ class Viovhost(Device):
         """Go on for it, with whatever back end comes next."""
         if "face" not in state:
             return
-        self._resumes, self._msix = True, bool(state["msix"])
-        self._pairs_used = min(max(int(state["pairs"]), 1), len(self._parts) // 2)
-        self._kept.load(state["area"])
+        self._resumes, self._hand.msix = True, bool(state["msix"])
+        self._pairs_used = min(max(int(state["pairs"]), 1), len(self._hand.parts) // 2)
+        self._hand.kept.load(state["area"])
         self.host.tell("peer-lost")
 
     def take_over(self) -> None:
         """Go on when there is a back end."""
         self._paused = False
 
-    def _lost(self) -> None:
-        """The back end is gone: take what it had done, and find out where the next has to start."""
-        self._served = False
-        for index, part in enumerate(self._parts):
-            queue = self._live(index)
-            if part.started and queue is not None:
-                if self._relays:
-                    with suppress(PeerError):
-                        self._collect(index)
-                else:
-                    part.base = self._used_index(queue)
-            part.started = False
-
-    def _used_index(self, queue: VirtQueue) -> int:
-        """Return where its used ring ends."""
-        return int.from_bytes(self.memory.read(queue.areas[2] + 2, 2), "little")
-
-    # Its queues.
-
-    def _live(self, index: int) -> VirtQueue | None:
-        return self._queues[index] if index < len(self._queues) else None
-
     def _run(self) -> None:
         """Have the back end serve every queue that the driver has enabled."""
         self.totals[0] = self._peer.count
-        if self._queues and not self._paused and not self._served:
-            self._peer.attempt(self._start)
-
-    def _start(self, link: FrontEnd) -> None:
-        features = self._driver_features & link.features
-        if self._pairs is not None:
-            features &= ~NET_F_CTRL_VQ  # that queue is ours: nobody else shall wait for commands
-        link.accept(features)
-        link.share(self._regions)
-        if link.protocol & P_STATUS:
-            link.set_status(_STATUS)
-        if not self._relays and link.protocol & P_INFLIGHT_SHMFD:
-            area = self._kept.area
-            if area is None:
-                size = max((queue.size for queue in self._queues if queue), default=1)
-                area = self._kept.make(link, self._face.queues, size)
-                self.host.checkpoint()
-            link.set_inflight(area)
-        for index in range(self._face.queues):
-            self._start_queue(index, link)
-        if link.protocol & P_STATUS:
-            link.set_status(_STATUS | _DRIVER_OK)
-        self._served = True
-
-    def _start_queue(self, index: int, link: FrontEnd) -> None:
-        queue, part = self._live(index), self._parts[index]
-        if queue is None or part.started or not (self._pairs is None or self._pairs.has(index)):
-            return
-        desc, avail, used = (HVA + gpa for gpa in queue.areas)
-        kick, base = part.given[0], part.base
-        if self._relays:
-            event_idx = bool(self._driver_features & F_EVENT_IDX)
-            part.shadow.begin(queue.size, event_idx=event_idx)
-            avail = self._regions[-1].hva + STRIDE * index
-            used, kick, base = avail + USED_AT, part.kick, 0
-        ring = Ring(queue.size, base, desc, avail, used)
-        # Enabled first: what waits in a queue that starts disabled may be thrown away.
-        link.enable_queue(index, on=self._pairs is None or index < 2 * self._pairs.used)
-        link.start_queue(index, ring, kick=kick, call=self._call_fd(part), err=self._err)
-        part.started = True
-        if not part.fresh:
-            # Its predecessor may have been killed before a call, and after it had taken a kick.
-            signal_if_room(kick, 1)
-            self.host.call(index)
-        if self._relays:
-            self.host.schedule(index)
-        part.fresh = False
-
-    def _stop(self, link: FrontEnd) -> None:
-        self._served = False
-        for index in range(self._face.queues):
-            self._stop_queue(index, link)
-
-    def _stop_queue(self, index: int, link: FrontEnd) -> None:
-        part = self._parts[index]
-        if part.started:
-            part.base = link.stop_queue(index)
-            part.started = False
-            self._collect(index)
+        if self._hand.queues and not self._paused and not self._hand.served:
+            self._peer.attempt(self._hand.start)
 
     def _make_pairs(self) -> Pairs | None:
         """Return what chooses among several queue pairs of a network device."""
@@ -385,14 +249,8 @@ class Viovhost(Device):
 
     def _choose_pairs(self) -> None:
         """Enable the queues of the pairs that the driver has chosen, and no others."""
-
-        def choose(link: FrontEnd) -> None:
-            for index, part in enumerate(self._parts):
-                if part.started and self._pairs is not None:
-                    link.enable_queue(index, on=index < 2 * self._pairs.used)
-
         self.host.checkpoint()
-        self._peer.attempt(choose)
+        self._peer.attempt(self._hand.choose)
 
     def _forget(self, link: FrontEnd) -> None:
         if link.protocol & P_RESET_DEVICE:
@@ -400,18 +258,13 @@ class Viovhost(Device):
         elif link.protocol & P_STATUS:
             link.set_status(0)
 
-    def _call_fd(self, part: Part) -> int:
-        """Return where the back end is to call."""
-        direct = not self._relays and self._msix and part.given[1] >= 0
-        return part.given[1] if direct else part.call
-
     # What passes through here.
 
     def kick(self, index: int, queue: VirtQueue) -> bool:
         """Offer the back end what the driver has made available, if queues are relayed."""
         if self._pairs is not None:
             return self._pairs.serve(index, queue)
-        part = self._parts[index]
+        part = self._hand.parts[index]
         if not part.started:
             return False  # all queues are scheduled when they are
         left, tell = BUDGET, False
@@ -430,22 +283,13 @@ class Viovhost(Device):
 
     def _called(self, index: int, _events: int) -> None:
         """The back end calls, and it is here that somebody listens."""
-        if self._relays:
-            self._peer.attempt(lambda link: self._collect(index))
-        elif self._live(index) is not None:
-            self.host.call(index)
-
-    def _collect(self, index: int) -> None:
-        """Give back to the driver what the back end has done. Raises PeerError."""
-        queue = self._live(index)
-        if not self._relays or queue is None:
-            return
-        queue.push_batch(self._parts[index].shadow.take())
-        if queue.should_call():
+        if self._hand.relays:
+            self._peer.attempt(lambda link: self._hand.collect(index))
+        elif self._hand.live(index) is not None:
             self.host.call(index)
 
     def _broken(self, _events: int) -> None:
         """The back end cannot go on with a queue: so it says of what a driver has written."""
-        if self._queues:
-            self._peer.attempt(self._stop)
+        if self._hand.queues:
+            self._peer.attempt(self._hand.stop)
             raise GuestError(f"{self._name} reports a broken queue")
