@@ -222,6 +222,9 @@ def test_stop_twice_and_by_two_clients(start: Callable[..., GuestVm]) -> None:
     clients = [
         subprocess.Popen(words, cwd=TREE, stderr=subprocess.PIPE, text=True) for _ in range(2)
     ]
+    for client in clients:
+        assert client.stderr is not None
+        assert "requested to shutdown" in client.stderr.readline()
     vm.console.expect("command 1\n")
     assert pyvmctl("stop", "vm").returncode == 0
     assert vm.status()["state"] == "stopping"
