@@ -23,6 +23,7 @@ _FAMILIES: Final = (
     ("pyvmd_vm_resets_total", "counter", "Resets of the guest."),
     ("pyvmd_vm_exits_total", "counter", "vCPU exits to the VM process, by KVM's reason."),
     ("pyvmd_device_up", "gauge", "Whether a process serves the device."),
+    ("pyvmd_device_processes_total", "counter", "How many processes the device has had."),
     ("pyvmd_device_cpu_seconds_total", "counter", "CPU time of the device process."),
     ("pyvmd_device_resident_bytes", "gauge", "Memory of the device process, without guest RAM."),
     ("pyvmd_device_events_total", "counter", "What the device has counted, by its own names."),
@@ -76,6 +77,7 @@ def _vm(rows: _Rows, sample: Sample) -> None:
     for device in sample.devices.values():
         labels = {"vm": vm, "device": device.name}
         _add(rows, "pyvmd_device_up", int(device.up), **labels)
+        _add(rows, "pyvmd_device_processes_total", device.lives, **labels)
         _add(rows, "pyvmd_device_cpu_seconds_total", device.cpu, **labels)
         _add(rows, "pyvmd_device_resident_bytes", device.resident, **labels)
         # By its word: a name given twice would spoil what all VMs say.

@@ -34,6 +34,7 @@ class DeviceSample(NamedTuple):
     cpu: float  # seconds of CPU time
     resident: int  # bytes, without the guest RAM that it has touched
     counters: dict[str, int]  # "rx_bytes": all since its start
+    lives: int = 1  # how many processes it has had
 
 
 class Sample(NamedTuple):
@@ -123,6 +124,7 @@ def per_second(before: Sample | None, now: Sample) -> dict[str, Any]:
             {
                 "name": device.name,
                 "up": device.up,
+                "lives": device.lives,
                 "cpu_percent": percent(device.cpu, old.cpu) if old else None,
                 "cpu_seconds": device.cpu,
                 "resident": device.resident,
@@ -180,7 +182,7 @@ def _device(row: Any) -> DeviceSample | None:
             )
         elif _text(way) and type(value) is int:
             counters[way] = _number(value)
-    return DeviceSample(name, pid > 0, cpu, resident, counters)
+    return DeviceSample(name, pid > 0, cpu, resident, counters, _number(row.get("lives")))
 
 
 def _process(pid: int) -> tuple[float, int]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 DEVICE: Final = {
     "name": "vionet0",
+    "lives": 3,
     "pid": os.getpid(),
     "counters": {"rx": {"bytes": 1000, "frames": 10, "drops": {"short": 1}}, "link": True},
 }
@@ -156,6 +157,7 @@ def test_metrics(pyvmctl: Pyvmctl, fake_vm: Callable[..., FakeVm]) -> None:
     assert f'pyvmd_vm_memory_bytes{{vm="web"}} {512 << 20}' in lines
     assert 'pyvmd_vm_exits_total{vm="web",reason="hlt"} 7' in lines
     assert 'pyvmd_device_up{vm="web",device="vionet0"} 1' in lines
+    assert 'pyvmd_device_processes_total{vm="web",device="vionet0"} 3' in lines
     assert 'pyvmd_device_events_total{vm="web",device="vionet0",event="rx_bytes"} 1000' in lines
 
 
