@@ -99,7 +99,7 @@ class DeviceChannel:
     def read(self, reg: int, size: int) -> tuple[int, int]:
         """Read a device register: (value, interrupt state). All-ones from a dead device."""
         for _ in range(READ_ATTEMPTS):
-            if not self._there(time.monotonic() + SYNC_DEADLINE):
+            if not self._there(time.monotonic() + BUSY_DEADLINES * SYNC_DEADLINE):
                 break
             with self._lock:
                 if self._sync is not None:

@@ -38,6 +38,7 @@ class Lasting:
             os.ftruncate(self.fds[word], size)
         self.lives = 1  # how many processes there have been
         self.cause = ""  # why there is none
+        self.lingers = False  # whether that is because an old one has not ended yet
         self._since, self._young = time.monotonic(), 0
         self._done: object = None  # what they had done, when the last one died
 
@@ -50,7 +51,7 @@ class Lasting:
     def revive(
         self, stop: Callable[[float], bool], launch: Callable[[], None], counters: object = None
     ) -> bool:
-        """Have `launch` begin new processes; False, told in `cause`, if they are of no use.
+        """Have `launch` begin new processes; False if one `lingers`, or all are of no use: `cause`.
 
         `stop` ends the old ones, and tells whether they have ended by a deadline on the monotonic
         clock: none of them may run beside a new one. The device has counted to `counters`.
@@ -60,8 +61,9 @@ class Lasting:
         useless = done == before and time.monotonic() - self._since < _YOUNG
         self._young = self._young + 1 if useless else 0
         while self._young < _YOUNG_MAX:
-            if not stop(time.monotonic() + END_DEADLINE):
-                self.cause = "a process that was killed does not end"
+            patience = 0.0 if self.lingers else END_DEADLINE
+            self.lingers = not stop(time.monotonic() + patience)
+            if self.lingers:
                 return False
             self.lives += 1
             try:

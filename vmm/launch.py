@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from config.errors import HostError
+from config.errors import HostError, PyvmError
 from devices import viodev
 from devices.loop import READ
 from devices.spec import LASTING, QUEUE_PAIRS
@@ -144,8 +144,11 @@ class Spawner:
                     log.info(text, process.name)
                 if channel.decode(imsg).type != MsgType.READY:
                     raise ChannelError(f"{process.name}: did not say READY")
-        except ChannelError as err:
+        except PyvmError as err:
             process.kill()
+            process.wait(time.monotonic() + LEAVE_DEADLINE)  # another shall not run beside it
+            if isinstance(err, HostError):
+                raise
             raise HostError(f"did not start: {err.what}", vm=self._vm, device=process.name) from err
         sync.set_deadline(SYNC_DEADLINE)
         async_.set_deadline(ASYNC_DEADLINE)

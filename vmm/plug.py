@@ -341,7 +341,9 @@ class Devices:
         """A device process has ended unasked; its parent has told us how."""
         device = self._devices.get(process.name)
         if device is None:
-            any(one.others.ended(process) for one in self._devices.values() if one.others)
+            for one in self._devices.values():
+                if one.others is not None and one.others.ended(process):
+                    self._revive(one)
             return
         if process is device.process:
             device.channel.hang_up()
@@ -374,7 +376,11 @@ class Devices:
 
         if lasting.revive(device.stop, launch, device.counters.read()):
             return device.channel.alive
-        self._lost(device, old, f"{old.end}; {lasting.cause}")
+        if lasting.lingers:  # its end comes back as _ended()
+            what = "a process that was killed waits for the host; another comes when it has ended"
+            log.limited(f"{device.name} lingers", what, device.name)
+        else:
+            self._lost(device, old, f"{old.end}; {lasting.cause}")
         return False
 
 

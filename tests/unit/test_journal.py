@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from struct import pack
 
 import pytest
@@ -75,8 +76,24 @@ def test_processes_that_die_at_once_come_to_an_end() -> None:
     assert not lasting.revive(lambda deadline: True, launch)
     assert "20 processes in a row died at once (did not start)" in lasting.cause
     assert 1 < len(begun) <= 20
-    assert not other.revive(lambda deadline: False, launch)
-    assert "does not end" in other.cause
     assert other.handled() == 0
     for one in (lasting, other):
         one.close()
+
+
+def test_a_process_that_does_not_end_is_waited_for() -> None:
+    """For a while at first, and then it is the end of that process that has another begin."""
+    lasting = Lasting("vioblk0", 1)
+    begun: list[str] = []
+    patience: list[float] = []
+
+    def stop(deadline: float) -> bool:
+        patience.append(deadline - time.monotonic())
+        return len(patience) > 2
+
+    for ready in (False, False, True):
+        assert lasting.revive(stop, lambda: begun.append("process")) is ready
+        assert lasting.lingers is not ready
+    assert begun == ["process"]
+    assert [left > 0 for left in patience] == [True, False, False]
+    lasting.close()
