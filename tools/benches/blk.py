@@ -140,6 +140,7 @@ def measure(case: Case, path: str, seconds: float) -> dict[str, float]:
     from config.model import DiskConfig
     from devices import features
     from devices.blkreq import BLK_F_FLUSH
+    from devices.spec import INFLIGHT_STRIDE
 
     # A commit to compare with may have it elsewhere.
     here = importlib.util.find_spec("tools.viodriver") is not None
@@ -161,10 +162,17 @@ def measure(case: Case, path: str, seconds: float) -> dict[str, float]:
     accepted = bits[case.ring] | features.F_EVENT_IDX | BLK_F_FLUSH
     # Not with devices.images, which an old tree may not have for qcow2.
     image = os.open(path, os.O_RDWR | os.O_DIRECT * (case.cache == "none"))
+    books = os.memfd_create("inflight")  # as in a VM
+    os.ftruncate(books, INFLIGHT_STRIDE)
     try:
         settings = {**disk._asdict(), "packed": case.ring == "packed"}
         with host_class(
-            "vioblk", settings, fds={"image": image}, memory_size=32 * MIB, jail="best-effort"
+            "vioblk",
+            settings,
+            fds={"image": image},
+            memory_size=32 * MIB,
+            inflight=books,
+            jail="best-effort",
         ) as host:
             [queue] = host.start(accepted, arena_bytes=16 * MIB)
             os.sched_setaffinity(host.process.pid, {device_cpu})
@@ -184,6 +192,7 @@ def measure(case: Case, path: str, seconds: float) -> dict[str, float]:
             )
     finally:
         os.close(image)
+        os.close(books)
     return {
         "iops": driver.nr_done / took,
         "mib_per_s": driver.nr_done * PATTERNS[case.pattern][2] / took / MIB,

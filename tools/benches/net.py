@@ -155,6 +155,7 @@ def device(case: Case, tap: Any, seconds: float) -> dict[str, float]:
     """Run a device process."""
     from devices import features as f
     from devices import nethdr
+    from devices.spec import INFLIGHT_STRIDE, SPECS
     from tests.vionetlab import SETTINGS
     from tools.viodriver.private import DeviceHost
 
@@ -165,9 +166,17 @@ def device(case: Case, tap: Any, seconds: float) -> dict[str, float]:
     bits |= nethdr.NET_F_HOST_TSO4 | nethdr.NET_F_GUEST_TSO4 | nethdr.NET_F_GUEST_TSO6
     bits |= nethdr.NET_F_MRG_RXBUF * (case.way == "merged")
     settings = {**SETTINGS, "packed": case.ring == "packed"}
+    inflight = os.memfd_create("inflight")  # as in a VM
+    os.ftruncate(inflight, INFLIGHT_STRIDE * len(SPECS["vionet"].queues))
     with DeviceHost(
-        "vionet", settings, fds={"tap0": tap.fds[0]}, memory_size=MEMORY, jail="best-effort"
+        "vionet",
+        settings,
+        fds={"tap0": tap.fds[0]},
+        memory_size=MEMORY,
+        inflight=inflight,
+        jail="best-effort",
     ) as host:
+        os.close(inflight)
         rx, tx, _ = host.start(bits, arena_bytes=30 << 20)
         books = Books(cpu_of(host.process.pid))
         # A full ring, and in packed ones a descriptor per part.
