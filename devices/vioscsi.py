@@ -297,7 +297,6 @@ class Vioscsi(Device):
 
     def _send_events(self, queue: VirtQueue) -> bool:
         """Send what is pending, or remember that it was missed; then tell that, when possible."""
-        sent = False
         for _ in range(queue.size):
             if not (self._pending or self._missed or self._once.owes(EVENTQ)):
                 break
@@ -310,8 +309,7 @@ class Vioscsi(Device):
                     continue
                 break
             self._once.do(EVENTQ, queue, chain, self._report)
-            sent = True
-        if sent and queue.should_call():
+        if queue.should_call():  # perhaps for what a predecessor sent
             self.host.call(EVENTQ)
         return False
 

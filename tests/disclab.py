@@ -49,6 +49,7 @@ class DiscLab(ScsiLab):
         self.packed, self.journal, self.lives = packed, "", 0
         self._dying, self._lines, self._dead = dying, 0, False
         self._given: list[int] = []
+        self.called: set[int] = set()  # queues
         self._copies = 0
         super().__init__(directory, None, packed=packed, attention=True)
         if content is not None:
@@ -191,6 +192,7 @@ class DiscLab(ScsiLab):
 
     def interrupt(self, source: int) -> None:
         self._heard()
+        self.called.add(source)
 
     def tell(self, word: str) -> None:
         self._heard()
@@ -208,6 +210,10 @@ class DiscLab(ScsiLab):
     # The guest.
 
     def events(self) -> list[bytes]:
-        """What has come by the event queue."""
+        """What has come by the event queue, for which it was called."""
         queue = self.queues[EVENTQ]
-        return [queue.data(used.request, used.written) for used in queue.collect()]
+        found = [queue.data(used.request, used.written) for used in queue.collect()]
+        if found and not queue.event_idx:
+            assert EVENTQ in self.called
+        self.called.clear()
+        return found

@@ -80,6 +80,18 @@ def test_what_became_of_an_insert_is_told_later(disc: Path) -> None:
     assert (list(drive.fds), drive.facts["medium"]) == ([], None)
 
 
+def test_discs_that_were_replaced_have_gone(disc: Path) -> None:
+    """Of two that were put in, the later one is in."""
+    drive = Drive(str(disc))
+    drive.send = busy
+    for _ in range(2):
+        with pytest.raises(ChannelError):
+            drive.insert(drive.fds["disc1"], "other.iso", force=False)
+    drive.said("closed 3")
+    assert list(drive.fds) == ["disc3"]
+    drive.close()
+
+
 def test_an_answer_settles_what_was_open(disc: Path) -> None:
     """It is about all that was done before, too; and there is an end to what is kept."""
     drive = Drive(str(disc))
