@@ -105,8 +105,7 @@ def _open_vioblk(
         direct = disk.cache == "none"
         chain = bases.open_bases(fds["image"], path, opened, direct=direct)
     fds.update((f"base{index}", base.fd) for index, base in enumerate(chain))
-    ring = disk.cache == "none"
-    return {**disk._asdict(), "bases": [base.format for base in chain], "ring": ring}, fds
+    return {**disk._asdict(), "bases": [base.format for base in chain]}, fds
 
 
 def _open_vionet(

@@ -7,8 +7,8 @@ is a fork of it, 1 ms old and sharing its pages, where a new interpreter would c
     spawner    → LAUNCHED, peerid the child's pid, with its pidfd   (or LOG: why not)
                → EXITED, peerid the child's pid: its wait status, 4 bytes
 
-With the setting `ring` every device process of that name has the same io_uring (`uringmake`), as
-its descriptor `ring`.
+All processes of a disk with cache: none have one io_uring, its descriptor `ring` (`uringmake`); the
+setting of that name says what it is like, or why there is none.
 
 Nobody outlives anybody: the kernel kills the children when the spawner dies, and the spawner ends
 them and itself when the VM process hangs up.
@@ -185,7 +185,7 @@ class Spawner:
         regions = tuple(Region(*region) for region in request["regions"])
         settings, name = request["settings"], request["name"]
         given = dict(fds)
-        if settings.get("ring"):
+        if settings.get("cache") == "none":
             ring, settings["ring"] = self._ring(name)
             given |= ring
         order = Order(request["kind"], name, settings, regions)

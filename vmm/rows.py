@@ -113,11 +113,7 @@ def _disk_row(disk: DiskConfig, name: str, config: VmConfig, opened: ExitStack) 
     return Row(
         "vioblk",
         name,
-        {
-            **disk._asdict(),
-            "bases": [base.format for base in bases],
-            "ring": disk.cache == "none",
-        },
+        {**disk._asdict(), "bases": [base.format for base in bases]},
         disk.queues,
         fds,
         {
