@@ -1,14 +1,16 @@
 """Disks and entropy in a Linux guest: each served by a jailed process of its own.
 
 One boot of Debian under systemd; then quick boots, without systemd, of every way a driver can be
-attached: MSI-X, INTx, the legacy driver, packed rings.
+attached: MSI-X, INTx, the legacy driver, packed rings; and one whose devices' processes are killed.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +29,13 @@ FIO = (
     f"fio --name=v --filename=/dev/vdb --rw=randrw --bs=4k --size=4M --offset_increment=4M "
     f"--numjobs={JOBS} --ioengine=libaio --iodepth=32 --direct=1 --verify=crc32c "
     f"--verify_fatal=1 --minimal"
+)
+KILLS = 8
+# Small files, again and again until it is told to stop, each block with its checksum.
+FIO_ON = (
+    "fio --name=v --filename=/dev/vdb --rw=randrw --bs=4k --size=1M --offset_increment=1M "
+    "--numjobs=4 --ioengine=libaio --iodepth=16 --direct=1 --verify=crc32c --verify_fatal=1 "
+    "--minimal"
 )
 
 
@@ -145,5 +154,51 @@ def test_attachment(
     elif "nomsi" not in words:
         assert counters(vm) == before
     assert shell.run("dd if=/dev/hwrng of=/dev/null bs=4k count=4 2>&1").count("4+0 records in")
+    vm.console.send("poweroff -f\n")
+    assert vm.wait() == 0
+
+
+def device(vm: GuestVm, name: str) -> dict[str, Any]:
+    """Return what the VM process tells of a device."""
+    with QmpClient(f"{vm.directory}/control.sock") as client:
+        devices = client.call("x-pyvmd-info")["devices"]
+    [found] = [row for row in devices if row["name"] == name]
+    return dict(found)
+
+
+def kill_at_work(vm: GuestVm, name: str) -> None:
+    """Kill a device's process once it has done something, and wait for the next one."""
+    before, end = device(vm, name), time.monotonic() + 120
+    while (now := device(vm, name))["counters"] == before["counters"]:
+        assert time.monotonic() < end, f"{name} does nothing: {now}"
+    os.kill(now["pid"], signal.SIGKILL)
+    while (found := device(vm, name))["lives"] == now["lives"]:
+        assert time.monotonic() < end, f"{name} has no other process: {found}"
+
+
+def test_processes_are_killed(start_vm: Start, disks: list[dict[str, Any]]) -> None:
+    """The guest's checksums are right, entropy flows, and its kernel complains of nothing."""
+    vm = start_vm(linux(vcpus=2, cmdline="console=ttyS0 quiet", disks=disks))
+    shell = vm.console
+    shell.shell()
+    shell.run("modprobe ext4 && mkdir -p /mnt && mount -t ext4 -o ro /dev/vda /mnt")
+    shell.run("mount -t devtmpfs dev /mnt/dev && mount -t tmpfs tmp /mnt/tmp")
+    shell.run("dmesg -c > /dev/null")
+    for name, work in (
+        ("disk", f"chroot /mnt {FIO_ON} > $t/fio.log 2>&1"),
+        ("rng", "dd if=/dev/hwrng of=/dev/null bs=512 count=1 2> /dev/null"),
+    ):
+        loop = f"while [ ! -e $t/stop ]; do {work} || exit; done; touch $t/{name}.well"
+        shell.run(f"t=/mnt/tmp; ({loop}) & sleep 0")
+    for _ in range(KILLS):
+        kill_at_work(vm, "vioblk1")
+        kill_at_work(vm, "viornd")
+    shell.run("touch $t/stop; wait; cat $t/fio.log; test -e $t/disk.well -a -e $t/rng.well", 300)
+    said = shell.run("dmesg").splitlines()
+    # It is told that the configuration may have changed, looks, and says what it has found.
+    size = f"[vdb] new size: {SCRATCH_SIZE // 512} 512-byte"
+    assert [line for line in said if size not in line] == []
+    assert {device(vm, name)["lives"] for name in ("vioblk1", "viornd")} == {KILLS + 1}
+    assert vm.log().count("another has its place") >= 2
     vm.console.send("poweroff -f\n")
     assert vm.wait() == 0
