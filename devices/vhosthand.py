@@ -12,7 +12,7 @@ from devices.eventfds import signal_if_room
 from devices.features import F_EVENT_IDX
 from devices.nethdr import NET_F_CTRL_VQ
 from devices.vhostfront import Ring
-from devices.vhostparts import HVA, Kept, Part, regions
+from devices.vhostparts import HVA, USED_END, Kept, Part, regions
 from devices.vhostshadow import STRIDE, USED_AT, Shadow
 from devices.vhostwire import P_INFLIGHT_SHMFD, P_STATUS, Front, PeerError
 
@@ -99,8 +99,7 @@ class Handover:
             if self.relays:
                 chains = queue.resubmit()
                 part.shadow.outstanding = {chain.head: chain.writable_bytes for chain in chains}
-            else:
-                part.base = self._used_index(queue)
+            part.base = USED_END
 
     def start(self, link: FrontEnd) -> None:
         """Have a back end serve every queue that the driver has enabled. Raises PeerError."""
@@ -136,6 +135,8 @@ class Handover:
             part.shadow.begin(queue.size, event_idx=event_idx)
             avail = self._regions[-1].hva + STRIDE * index
             used, kick, base = avail + USED_AT, part.kick, 0
+        if base == USED_END:
+            base = int.from_bytes(self._memory.read(queue.areas[2] + 2, 2), "little")
         ring = Ring(queue.size, base, desc, avail, used)
         # Enabled first: what waits in a queue that starts disabled may be thrown away.
         link.enable_queue(index, on=self._pairs is None or index < 2 * self._pairs.used)
@@ -186,13 +187,8 @@ class Handover:
                 if self.relays:
                     with suppress(PeerError):
                         self.collect(index)
-                else:
-                    part.base = self._used_index(queue)
+                part.base = USED_END
             part.started = False
-
-    def _used_index(self, queue: VirtQueue) -> int:
-        """Return where its used ring ends."""
-        return int.from_bytes(self._memory.read(queue.areas[2] + 2, 2), "little")
 
     def choose(self, link: FrontEnd) -> None:
         """Enable the queues of the pairs that the driver has chosen, and no others."""

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 AREA: Final = 1 << 16  # bytes of the in-flight area per queue: back ends need 16 to 32 an entry
 HVA: Final = 1 << 44  # added to a GPA: the addresses by which rings are named, nobody's else
+#: Where a back end starts whose predecessor is gone, or is just finishing: where the used ring ends
+#: when this one has come, for there is one at a time.
+USED_END: Final = -1
 _HUGE: Final = 1 << 21
 
 
@@ -30,7 +33,7 @@ class Part:
         flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
         self.kick, self.call = os.eventfd(0, flags), os.eventfd(0, flags)
         self.given = (-1, -1)  # the driver's kicks and calls, where queues are not relayed
-        self.base = 0  # where the back end is to start
+        self.base = 0  # where the back end is to start, or USED_END
         self.started = False
         self.fresh = True  # nothing can have been missed: it has not run since the driver's start
 
