@@ -85,12 +85,13 @@ class LastingProcess(Process):
         while self._answer_one().type != MsgType.IO_READ:
             pass
         if self.transport.status & DRIVER_OK:
-            # Nobody knows which of these the driver has heard of.
+            # Nobody knows whether the driver has heard of what was done last.
             if self.transport.live:
                 self.transport.isr |= ISR_QUEUE
                 self.interrupt(0)
-            self.transport.isr |= ISR_CONFIG
-            self.interrupt(CONFIG_CHANGE)
+            if self.transport.has_news:
+                self.transport.isr |= ISR_CONFIG
+                self.interrupt(CONFIG_CHANGE)
         if not self._stays_paused:
             self._go_on(self._device.take_over)
 

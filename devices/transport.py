@@ -260,6 +260,11 @@ class Transport:
         isr, self.isr = self.isr, 0
         return isr
 
+    @property
+    def has_news(self) -> bool:
+        """Whether a driver may not have heard of a change of the configuration, or of a fault."""
+        return self._config_news or bool(self.isr & ISR_CONFIG or self.status & NEEDS_RESET)
+
     def config_changed(self) -> None:
         """The device changed its configuration space: tell the driver."""
         self._config_news = True

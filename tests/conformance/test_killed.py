@@ -14,6 +14,7 @@ import pytest
 
 from config.model import VmmciConfig
 from devices.features import F_EVENT_IDX, F_INDIRECT_DESC, F_RING_PACKED
+from devices.viodev import CONFIG_CHANGE
 from tests.pluglab import DEADLINE, PlugLab, wait_until
 from tests.vmmcilab import (
     ALL,
@@ -88,6 +89,23 @@ def test_interrupts_are_not_lost() -> None:
             while not queue.collect():
                 assert lab.wait_call(0, DEADLINE)
         assert not lab.lost
+
+
+def test_a_driver_hears_of_no_change_that_is_none() -> None:
+    """A kill is not a change of the configuration; one of before is not forgotten over it."""
+    with PlugLab("viornd") as lab:
+        lab.start(RING)
+        lab.wait_life(0, lab.kill())
+        assert lab.status == READY
+        assert not lab.wait_call(CONFIG_CHANGE, 0)
+        assert lab.isr() == 1
+        [queue] = lab.start(RING)
+        queue.add([b"readable"], [64])
+        lab.kick(0)
+        assert lab.wait_call(CONFIG_CHANGE, DEADLINE)
+        lab.wait_life(0, lab.kill())
+        assert lab.isr() & 2
+        assert lab.wait_call(CONFIG_CHANGE, DEADLINE)
 
 
 def test_a_broken_driver_stays_broken() -> None:
