@@ -13,12 +13,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from config.errors import GuestError
-from devices import words
 from devices.journal import Journal
 from devices.process import Process
 from devices.spec import BUSY, Block, Legacy
 from devices.transport import DRIVER_OK, ISR_CONFIG, ISR_QUEUE
-from devices.viodev import CONFIG_CHANGE, ChannelError, MsgType
+from devices.viodev import CONFIG_CHANGE, MsgType
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,22 +58,9 @@ class LastingProcess(Process):
         if not self._resumes:
             self.checkpoint()
 
-    def serve(self) -> int:
-        """Become what a predecessor was, if there was one, and serve as ever."""
-        if self._resumes:
-            try:
-                self._resume()
-            except ChannelError as err:
-                if isinstance(err.__cause__, (EOFError, ConnectionError)):
-                    return 0
-                words.last_words(self._async, err)
-                return 1
-            except Exception as err:  # what a predecessor that was taken over wrote, for one
-                words.last_words(self._async, err)
-                return 1
-        return super().serve()
-
     def _resume(self) -> None:
+        if not self._resumes:
+            return
         self._pause()
         self._device.totals[BUSY] = 0  # a predecessor may have died waiting
         if self._left:

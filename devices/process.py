@@ -170,8 +170,12 @@ class Process:
             self._device.close()
 
     def _serve(self) -> int:
+        resumed = False
         while self._running:
             try:
+                if not resumed:
+                    resumed = True
+                    self._resume()
                 self._loop.run()
             except GuestError as err:
                 self.transport.fail(err)
@@ -184,6 +188,9 @@ class Process:
                 words.last_words(self._async, err)
                 return 1
         return 0
+
+    def _resume(self) -> None:
+        """Become what a predecessor was, where there is a way to know."""
 
     # Queues.
 
