@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from tests.backends import wait_until
@@ -84,6 +84,27 @@ def iperf(vm: GuestVm, words: str, chroot: str = "") -> dict[str, Any]:
     assert "error" not in found, found["error"]
     end: dict[str, Any] = found["end"]
     return end
+
+
+@contextmanager
+def dying(vm: GuestVm, name: str) -> Iterator[None]:
+    """Have the process of a device killed about once a second meanwhile."""
+    over = threading.Event()
+
+    def kill() -> None:
+        while not over.wait(1):
+            pid = vm.device(name)["pid"]
+            if pid:  # else the next one is just being started
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        yield
+    finally:
+        over.set()
+        killer.join()
 
 
 def lengths(file: str) -> list[int]:

@@ -18,6 +18,7 @@ import sys
 from typing import Any, Final
 
 from tools.guest.console import Console
+from vmm.qmpclient import QmpClient
 
 TREE: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 IMAGES: Final = os.path.join(os.environ.get("PYVMD_CACHE", f"{TREE}/.cache"), "guest")
@@ -69,6 +70,13 @@ class GuestVm:
         """Return what `pyvmctl status --json` says of this VM."""
         facts: dict[str, Any] = json.loads(pyvmctl("status", "--json", self.name).stdout)
         return facts
+
+    def device(self, name: str) -> dict[str, Any]:
+        """Return what the VM process says of a device."""
+        with QmpClient(f"{self.directory}/control.sock") as client:
+            devices = client.call("x-pyvmd-info")["devices"]
+        [found] = [row for row in devices if row["name"] == name]
+        return dict(found)
 
     def wait(self, timeout: float = WAIT_TIMEOUT) -> int:
         """Wait until the VM process has ended; return the status of `pyvmctl wait`."""

@@ -158,21 +158,13 @@ def test_attachment(
     assert vm.wait() == 0
 
 
-def device(vm: GuestVm, name: str) -> dict[str, Any]:
-    """Return what the VM process tells of a device."""
-    with QmpClient(f"{vm.directory}/control.sock") as client:
-        devices = client.call("x-pyvmd-info")["devices"]
-    [found] = [row for row in devices if row["name"] == name]
-    return dict(found)
-
-
 def kill_at_work(vm: GuestVm, name: str) -> None:
     """Kill a device's process once it has done something, and wait for the next one."""
-    before, end = device(vm, name), time.monotonic() + 120
-    while (now := device(vm, name))["counters"] == before["counters"]:
+    before, end = vm.device(name), time.monotonic() + 120
+    while (now := vm.device(name))["counters"] == before["counters"]:
         assert time.monotonic() < end, f"{name} does nothing: {now}"
     os.kill(now["pid"], signal.SIGKILL)
-    while (found := device(vm, name))["lives"] == now["lives"]:
+    while (found := vm.device(name))["lives"] == now["lives"]:
         assert time.monotonic() < end, f"{name} has no other process: {found}"
 
 
@@ -195,7 +187,7 @@ def test_processes_are_killed(start_vm: Start, disks: list[dict[str, Any]]) -> N
         kill_at_work(vm, "viornd")
     shell.run("touch $t/stop; wait; cat $t/fio.log; test -e $t/disk.well -a -e $t/rng.well", 300)
     assert shell.run("dmesg") == ""
-    assert {device(vm, name)["lives"] for name in ("vioblk1", "viornd")} == {KILLS + 1}
+    assert {vm.device(name)["lives"] for name in ("vioblk1", "viornd")} == {KILLS + 1}
     assert vm.log().count("another has its place") >= 2
     vm.console.send("poweroff -f\n")
     assert vm.wait() == 0

@@ -25,6 +25,7 @@ from tests.guestnet import (
     LAN_OTHER,
     bulk,
     counters,
+    dying,
     iperf,
     iperf_server,
     jumbo_frames_and_pairs,
@@ -114,6 +115,14 @@ def test_debian(start_vm: Start, disk: str, ns: Namespace, runtime_dir: str) -> 
         report = iperf(vm, f"-c {HOST} -u -b 1M -l 1400")["sum"]
         assert report["packets"] > 100
         assert report["lost_packets"] < report["packets"] // 2
+
+        # Connections outlive the process that carries them, and the guest's kernel hears nothing.
+        shell.run("dmesg -c > /dev/null")
+        with dying(vm, "vionet0"):
+            for words in ("", "-R"):
+                assert iperf(vm, f"-c {HOST} -t 4 {words}")["sum_received"]["bytes"] > 0
+        assert vm.device("vionet0")["lives"] > 3
+        assert shell.run("dmesg") == ""
 
     jumbo_frames_and_pairs(vm, ns)
 
