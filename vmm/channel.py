@@ -48,6 +48,7 @@ class DeviceChannel:
         self.name = name
         self._loop, self._failed = loop, failed
         self.messages = 0  # in either direction: what the VM process has to do for this device
+        self.answered = 0  # register reads of the guest
         self._lock = threading.Condition()  # the sync channel: one access at a time
         self._thread = threading.get_ident()  # the loop's
         #: Where another process takes the place of one that has died: gets that done, at once, on
@@ -109,6 +110,7 @@ class DeviceChannel:
                     except ChannelError as err:
                         self._break(err)
                     else:
+                        self.answered += 1
                         return reply.data & ((1 << 8 * size) - 1), reply.state
         return (1 << 8 * size) - 1, 0
 

@@ -49,16 +49,15 @@ class Lasting:
         return handled
 
     def revive(
-        self, stop: Callable[[float], bool], launch: Callable[[], None], counters: object = None
+        self, stop: Callable[[float], bool], launch: Callable[[], None], done: object = None
     ) -> bool:
         """Have `launch` begin new processes; False if one `lingers`, or all are of no use: `cause`.
 
         `stop` ends the old ones, and tells whether they have ended by a deadline on the monotonic
-        clock: none of them may run beside a new one. The device has counted to `counters`.
+        clock: none of them may run beside a new one. `done` changes when they have done something.
         """
-        done, before = (self.handled(), counters), self._done
-        self._done = done
-        useless = done == before and time.monotonic() - self._since < _YOUNG
+        before, self._done = self._done, (self.handled(), done)
+        useless = self._done == before and time.monotonic() - self._since < _YOUNG
         self._young = self._young + 1 if useless else 0
         while self._young < _YOUNG_MAX:
             patience = 0.0 if self.lingers else END_DEADLINE

@@ -374,7 +374,8 @@ class Devices:
         def launch() -> None:
             device.launch(self._spawner, {"resumes": True, "paused": self._paused})()
 
-        if lasting.revive(device.stop, launch, device.counters.read()):
+        done = device.counters.read(), device.channel.answered
+        if lasting.revive(device.stop, launch, done):
             return device.channel.alive
         if lasting.lingers:  # its end comes back as _ended()
             what = "a process that was killed waits for the host; another comes when it has ended"
