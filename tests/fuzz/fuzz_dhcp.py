@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from devices.netlocal import MAX_FRAME, Local
 from tests import netlab
-from tests.fuzz.netrun import FoundError, run
+from tests.fuzz.run import FoundError, mutate, run
 
 if TYPE_CHECKING:
     from random import Random
@@ -94,4 +94,4 @@ def make_up(rng: Random) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(run("the DHCP responder", one_input, make_up))
+    sys.exit(run("the DHCP responder", one_input, make_up, mutate, "of them answered", keep_from=1))

@@ -19,7 +19,7 @@ from devices.netfilter import HEAD_FROM, HEAD_TO, Filter
 from devices.netlocal import HEAD, Local
 from devices.pcap import OUTBOUND, Capture
 from tests import netlab
-from tests.fuzz.netrun import FoundError, run
+from tests.fuzz.run import FoundError, mutate, run
 
 if TYPE_CHECKING:
     from random import Random
@@ -118,4 +118,4 @@ def make_up(rng: Random) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(run("frames", one_input, make_up))
+    sys.exit(run("frames", one_input, make_up, mutate, "of them answered", keep_from=1))

@@ -16,10 +16,8 @@ never written over with the guest's data, and the check neither fails nor takes 
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-import time
 import zlib
 from contextlib import suppress
 from struct import pack
@@ -29,7 +27,7 @@ from config.errors import ConfigError
 from devices.qcow2 import Qcow2
 from devices.qcow2check import check, mend
 from devices.qcow2create import create
-from tests.rng import seeded
+from tests.fuzz.run import run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -172,34 +170,5 @@ def make_up(rng: Random) -> bytes:
     return b"".join(parts)
 
 
-def main() -> int:
-    """Fuzz for a while; print the input that found something, in hex, and exit 1."""
-    if "--atheris" in sys.argv:
-        import atheris  # type: ignore[import-not-found, import-untyped, unused-ignore]
-
-        sys.argv.remove("--atheris")
-        atheris.instrument_all()
-        atheris.Setup(sys.argv, one_input)
-        atheris.Fuzz()
-        return 0
-    parser = argparse.ArgumentParser(description="fuzz qcow2 images")
-    parser.add_argument("--seconds", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
-    rng = seeded(options.seed)
-    nr_inputs = nr_good = 0
-    end = time.monotonic() + options.seconds
-    while time.monotonic() < end:
-        data = make_up(rng)
-        try:
-            nr_good += one_input(data)
-        except Exception:
-            print(f"input {nr_inputs}: {data.hex()}", file=sys.stderr)
-            raise
-        nr_inputs += 1
-    print(f"{nr_inputs} inputs, {nr_good} operations succeeded, nothing found")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("qcow2 images", one_input, make_up, lambda data, _: data, "operations succeeded"))

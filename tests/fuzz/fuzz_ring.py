@@ -12,10 +12,8 @@ one byte per operation. The only exception the target may see is GuestError.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
-import time
 from typing import TYPE_CHECKING, Final
 
 from config.errors import GuestError
@@ -30,7 +28,7 @@ from devices.features import (
 from devices.guestmem import Region
 from devices.inflight import inflight_bytes
 from devices.virtqueue import QueueState, VirtQueue, open_queue
-from tests.rng import seeded
+from tests.fuzz.run import run
 from tools.viodriver import make_memory
 
 if TYPE_CHECKING:
@@ -177,37 +175,5 @@ def mutate(data: bytes, rng: Random) -> bytes:
     return bytes(changed)
 
 
-def main() -> int:
-    """Fuzz for a while; print the input that found something, in hex, and exit 1."""
-    if "--atheris" in sys.argv:
-        import atheris  # type: ignore[import-not-found, import-untyped, unused-ignore]
-
-        sys.argv.remove("--atheris")
-        atheris.instrument_all()
-        atheris.Setup(sys.argv, one_input)
-        atheris.Fuzz()
-        return 0
-    parser = argparse.ArgumentParser(description="fuzz the virtqueues")
-    parser.add_argument("--seconds", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
-    rng, kept = seeded(options.seed), [make_up(seeded(options.seed))]
-    nr_inputs = nr_chains = 0
-    end = time.monotonic() + options.seconds
-    while time.monotonic() < end:
-        data = make_up(rng) if rng.random() < 0.3 else mutate(rng.choice(kept), rng)
-        try:
-            got = one_input(data)
-        except Exception:
-            print(f"input {nr_inputs}: {data.hex()}", file=sys.stderr)
-            raise
-        nr_inputs += 1
-        nr_chains += got
-        if got > 3:
-            kept = [*kept[-200:], data]
-    print(f"{nr_inputs} inputs, {nr_chains} chains, nothing found")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("the virtqueues", one_input, make_up, mutate, "chains", keep_from=4))

@@ -17,11 +17,9 @@ answer is well formed, every used length is true, and nothing is written beyond 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
-import time
 from typing import TYPE_CHECKING, Any, Final
 
 from config.errors import GuestError, HostError
@@ -30,7 +28,7 @@ from devices.features import F_VERSION_1
 from devices.scsicd import COMMANDS
 from devices.scsireq import DRIVE_LUN, HEADER, RESPONSE
 from devices.vioscsi import CONTROLQ, EVENTQ, REQUESTQ, Vioscsi
-from tests.rng import seeded
+from tests.fuzz.run import change, run
 from tools.viodriver import make_memory, open_driver
 
 if TYPE_CHECKING:
@@ -196,44 +194,5 @@ def make_up(rng: Random) -> bytes:
     return b"".join(parts)
 
 
-def mutate(data: bytes, rng: Random) -> bytes:
-    """Return `data` with a few bytes changed."""
-    changed = bytearray(data)
-    for _ in range(rng.randint(1, 6)):
-        changed[rng.randrange(len(changed))] = rng.choice((0, 1, 0x80, 0xFF, rng.randrange(256)))
-    return bytes(changed)
-
-
-def main() -> int:
-    """Fuzz for a while; print the input that found something, in hex, and exit 1."""
-    if "--atheris" in sys.argv:
-        import atheris  # type: ignore[import-not-found, import-untyped, unused-ignore]
-
-        sys.argv.remove("--atheris")
-        atheris.instrument_all()
-        atheris.Setup(sys.argv, one_input)
-        atheris.Fuzz()
-        return 0
-    parser = argparse.ArgumentParser(description="fuzz a CD-ROM drive")
-    parser.add_argument("--seconds", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
-    rng = seeded(options.seed)
-    nr_inputs = nr_good = 0
-    end = time.monotonic() + options.seconds
-    while time.monotonic() < end:
-        data = make_up(rng)
-        if rng.random() < 0.5:
-            data = mutate(data, rng)
-        try:
-            nr_good += one_input(data)
-        except Exception:
-            print(f"input {nr_inputs}: {data.hex()}", file=sys.stderr)
-            raise
-        nr_inputs += 1
-    print(f"{nr_inputs} inputs, {nr_good} commands succeeded, nothing found")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("a CD-ROM drive", one_input, make_up, change, "commands succeeded"))

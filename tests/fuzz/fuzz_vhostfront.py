@@ -20,7 +20,7 @@ from devices.vhostask import BackChannel
 from devices.vhostfront import PROTOCOL, FrontEnd, MemoryRegion, Ring
 from devices.vhostlook import Face
 from devices.vhostwire import HEADER, REPLY, U64, VERSION, Front, PeerError, Wire
-from tests.fuzz.netrun import FoundError, run
+from tests.fuzz.run import FoundError, mutate, run
 
 if TYPE_CHECKING:
     from random import Random
@@ -136,4 +136,13 @@ def _piece(kind: int, message: bytes) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(run("the front end of vhost-user", one_input, make_up))
+    sys.exit(
+        run(
+            "the front end of vhost-user",
+            one_input,
+            make_up,
+            mutate,
+            "of them answered",
+            keep_from=1,
+        )
+    )

@@ -18,13 +18,11 @@ written outside of the regions, and afterwards no descriptor is left.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import os
 import socket
 import sys
-import time
 from typing import TYPE_CHECKING, Any, Final
 
 from devices import vhostwire
@@ -47,7 +45,7 @@ from devices.vhostwire import (
 )
 from devices.viornd import Viornd
 from devices.vioscsi import Vioscsi
-from tests.rng import seeded
+from tests.fuzz.run import run
 from tools.viodriver import NoRoomError, make_memfd, open_driver
 
 if TYPE_CHECKING:
@@ -295,36 +293,5 @@ def mutate(data: bytes, rng: Random) -> bytes:
     return bytes(changed)
 
 
-def main() -> int:
-    """Fuzz for a while; print the input that found something, in hex, and exit 1."""
-    if "--atheris" in sys.argv:
-        import atheris  # type: ignore[import-not-found, import-untyped, unused-ignore]
-
-        sys.argv.remove("--atheris")
-        atheris.instrument_all()
-        atheris.Setup(sys.argv, one_input)
-        atheris.Fuzz()
-        return 0
-    parser = argparse.ArgumentParser(description="fuzz a vhost-user connection")
-    parser.add_argument("--seconds", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
-    rng = seeded(options.seed)
-    nr_inputs = nr_answers = 0
-    end = time.monotonic() + options.seconds
-    while time.monotonic() < end:
-        data = make_up(rng)
-        if rng.random() < 0.5:
-            data = mutate(data, rng)
-        try:
-            nr_answers += one_input(data)
-        except Exception:
-            print(f"input {nr_inputs}: {data.hex()}", file=sys.stderr)
-            raise
-        nr_inputs += 1
-    print(f"{nr_inputs} inputs, {nr_answers} answers, nothing found")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("a vhost-user connection", one_input, make_up, mutate, "answers"))

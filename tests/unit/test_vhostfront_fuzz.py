@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz.fuzz_vhostfront import make_up, one_input
-from tests.fuzz.netrun import mutate
+from tests.fuzz.run import mutate
 from tests.rng import seeded
 
 pytestmark = pytest.mark.usefixtures("others_garbage_kept")

@@ -1,4 +1,4 @@
-"""How the fuzz targets of network protocols are run: for a while, or by atheris."""
+"""How fuzz targets are run: for a while, or by atheris."""
 
 from __future__ import annotations
 
@@ -33,10 +33,27 @@ def mutate(data: bytes, rng: Random) -> bytes:
     return bytes(changed)
 
 
-def run(what: str, one_input: Callable[[bytes], int], make_up: Callable[[Random], bytes]) -> int:
+def change(data: bytes, rng: Random) -> bytes:
+    """Return `data` with a few bytes changed."""
+    changed = bytearray(data)
+    for _ in range(rng.randint(1, 6)):
+        changed[rng.randrange(len(changed))] = rng.choice((0, 1, 0x80, 0xFF, rng.randrange(256)))
+    return bytes(changed)
+
+
+def run(
+    what: str,
+    one_input: Callable[[bytes], int],
+    make_up: Callable[[Random], bytes],
+    mutate: Callable[[bytes, Random], bytes],
+    unit: str,
+    *,
+    keep_from: int | None = None,
+) -> int:
     """Fuzz for a while; print the input that found something, in hex, and end with its error.
 
-    `one_input` returns how far an input went; those that went anywhere are mutated further.
+    `one_input` returns how far an input went, in `unit`s. Half of the inputs are mutated; with
+    `keep_from` most are, and made from such as went at least so far.
     """
     if "--atheris" in sys.argv:
         import atheris  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -52,18 +69,23 @@ def run(what: str, one_input: Callable[[bytes], int], make_up: Callable[[Random]
     options = parser.parse_args()
     rng = seeded(options.seed)
     kept = [make_up(rng)]
-    nr_inputs = nr_far = 0
+    nr_inputs = reached = 0
     end = time.monotonic() + options.seconds
     while time.monotonic() < end:
-        data = make_up(rng) if rng.random() < 0.3 else mutate(rng.choice(kept), rng)
+        if keep_from is None:
+            data = make_up(rng)
+            if rng.random() < 0.5:
+                data = mutate(data, rng)
+        else:
+            data = make_up(rng) if rng.random() < 0.3 else mutate(rng.choice(kept), rng)
         try:
             far = one_input(data)
         except Exception:
             print(f"input {nr_inputs}: {data.hex()}", file=sys.stderr)
             raise
         nr_inputs += 1
-        if far:
-            nr_far += 1
+        reached += far
+        if keep_from is not None and far >= keep_from:
             kept = [*kept[-200:], data]
-    print(f"{nr_inputs} inputs, {nr_far} of them answered, nothing found")
+    print(f"{nr_inputs} inputs, {reached} {unit}, nothing found")
     return 0
